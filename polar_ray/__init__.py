@@ -1,0 +1,48 @@
+"""polar_ray: score text with POLAR reward models on Ray. The right number, or a typed error.
+
+    from polar_ray import Scorer, Triple
+
+    with Scorer.open() as scorer:
+        scorer.score([Triple("What is the capital of China?", "Beijing.", "Shanghai.")])
+
+Importing this loads neither Ray nor torch; they come with the first name that needs them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from polar_ray.config import ScoreConfig
+from polar_ray.errors import PolarRayError
+from polar_ray.triples import PreferencePair, Scored, Triple
+
+if TYPE_CHECKING:
+    from polar_ray.corpus.job import JobSummary, score_parquet
+    from polar_ray.receipts import Receipt
+    from polar_ray.scoring import Scorer
+
+_LATE = {
+    "JobSummary": "polar_ray.corpus.job",
+    "Receipt": "polar_ray.receipts",
+    "Scorer": "polar_ray.scoring",
+    "score_parquet": "polar_ray.corpus.job",
+}
+
+__all__ = [
+    "JobSummary",
+    "PolarRayError",
+    "PreferencePair",
+    "Receipt",
+    "ScoreConfig",
+    "Scored",
+    "Scorer",
+    "Triple",
+    "score_parquet",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LATE[name]), name)

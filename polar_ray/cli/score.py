@@ -1,0 +1,116 @@
+"""`polar-ray score`: a corpus job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from polar_ray.config import load_score_config
+
+COUNTS = (
+    "rows",
+    "ok",
+    "failed",
+    "by_status",
+    "tokens",
+    "computed_tokens",
+    "duplicates",
+    "cut_rows",
+    "seconds",
+    "receipt_id",
+    "units",
+    "resumed_units",
+    "output",
+    "report",
+)
+"""What `--json` prints, in this order."""
+
+
+def score(
+    inputs: Annotated[list[str], typer.Argument(help="Parquet or JSONL: files, folders, globs, s3:// and other URLs.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder or URL for the scored Parquet files.")],
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint folder or hub name. Left out: the small one that ships here.")
+    ] = None,
+    engine: Annotated[str | None, typer.Option(help="torch, or fake for a dry run.")] = None,
+    actors: Annotated[str | None, typer.Option(help="Engines in parallel: N, or MIN:MAX to grow.")] = None,
+    tensor_parallel_size: Annotated[int | None, typer.Option(help="GPUs of one engine.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    prompt_column: Annotated[str | None, typer.Option(help="Column that holds the prompt.")] = None,
+    reference_column: Annotated[str | None, typer.Option(help="Column that holds the reference.")] = None,
+    output_column: Annotated[str | None, typer.Option(help="Column that holds the output to score.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings; flags win over it.")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", help="Any setting, as section.key=value. Repeatable.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard what an earlier job left in --output.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
+) -> None:
+    """Score every row of a corpus and write it back with a reward column.
+
+    Rows keep their order and all their columns. Run the same command again after a crash and it finishes only what
+    is missing; run it again after success and it does nothing.
+
+    [dim]polar-ray score triples.parquet --output scored[/]
+    [dim]polar-ray score 's3://corpus/*.parquet' -o s3://corpus/scored --model internlm/POLAR-7B --actors 8[/]
+    """
+    settings = load_score_config(
+        config,
+        assignments or (),
+        model=model,
+        engine__kind=engine,
+        engine__dtype=dtype,
+        engine__tensor_parallel_size=tensor_parallel_size,
+        actors=actors,
+        columns__prompt=prompt_column,
+        columns__reference=reference_column,
+        columns__output=output_column,
+    )
+    from polar_ray.corpus.job import JobSummary, score_parquet
+    from polar_ray.corpus.progress import JobProgress, LogProgress, TerminalProgress
+
+    notes = Console(stderr=True)
+    progress: JobProgress = TerminalProgress(notes) if notes.is_terminal else LogProgress(notes)
+    try:
+        summary: JobSummary = score_parquet(inputs, output, settings, fresh=fresh, progress=progress)
+    except KeyboardInterrupt:
+        notes.print("stopped; finished units are kept. Run the same command again to go on.", highlight=False)
+        raise
+    values = summary.model_dump()
+    if as_json:
+        typer.echo(json.dumps({name: values[name] for name in COUNTS}))
+        return
+    Console().print(_table(values))
+
+
+def _table(summary: dict[str, Any]) -> Table:
+    """The summary for people."""
+    nothing_done = summary["resumed_units"] == summary["units"]
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    if nothing_done:
+        table.add_row("nothing to do", "every row was scored by an earlier run; this is its summary")
+    failed = {status: count for status, count in summary["by_status"].items() if status != "ok"}
+    causes = ", ".join(f"{count:,} {status}" for status, count in sorted(failed.items()))
+    table.add_row("rows", f"{summary['rows']:,}: {summary['ok']:,} rewarded, {summary['failed']:,} failed")
+    if causes:
+        table.add_row("failures", causes)
+    saved = 1 - summary["computed_tokens"] / summary["tokens"] if summary["tokens"] else 0.0
+    table.add_row(
+        "tokens", f"{summary['tokens']:,}; {summary['computed_tokens']:,} computed, {saved:.0%} saved by sharing"
+    )
+    table.add_row("duplicates", f"{summary['duplicates']:,} rows equal another and were computed once")
+    table.add_row("cut", f"{summary['cut_rows']:,} rows were cut to fit the limits")
+    if summary["resumed_units"] and not nothing_done:
+        table.add_row("resumed", f"{summary['resumed_units']:,} of {summary['units']:,} units were done before")
+    table.add_row("time", f"{summary['seconds']:.1f} s")
+    table.add_row("receipt", summary["receipt_id"])
+    table.add_row("output", summary["output"])
+    table.add_row("report", summary["report"])
+    return table

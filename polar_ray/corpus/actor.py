@@ -1,0 +1,171 @@
+"""The actor of a job: takes units one by one, scores them, writes their files."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+
+from polar_ray.config import ScoreConfig
+from polar_ray.corpus.manifest import Manifest, load_manifest
+from polar_ray.corpus.storage import Location
+from polar_ray.corpus.summary import UnitReport, report_unit
+from polar_ray.corpus.tracker import Assignment
+from polar_ray.corpus.units import read_report, read_unit, write_unit
+from polar_ray.encoding.tokenizer import PolarTokenizer
+from polar_ray.errors import (
+    CheckpointError,
+    EngineError,
+    EngineStartError,
+    JobError,
+    PolarRayError,
+    ProcessCrashed,
+    TripleError,
+)
+from polar_ray.model.locate import locate_model
+from polar_ray.receipts import build_receipt
+from polar_ray.scoring import Scorer, Usage
+from polar_ray.triples import Scored, Triple
+
+ENGINE_FAILURE_FRACTION = 0.5
+"""When the engine fails on more of a unit than this, it is the engine: nothing is written, a fresh process tries."""
+
+BuildScorer = Callable[[ScoreConfig], Scorer]
+
+
+def open_scorer(config: ScoreConfig) -> Scorer:
+    """The scorer that every actor of a job opens."""
+    return Scorer.open(config.model, revision=config.revision, engine=config.engine, limits=config.limits)
+
+
+class Tracker(Protocol):
+    """`JobTracker`, as its handle looks from another process."""
+
+    def __getattr__(self, name: str) -> Any: ...
+
+
+@dataclass(frozen=True)
+class ActorTask:
+    """What an actor needs to know; small, because it is copied to every restart."""
+
+    output: Location
+    config: ScoreConfig
+    """With `auto` values resolved."""
+
+    build_scorer: BuildScorer
+
+
+class ScoringActor:
+    """One engine, fed by Ray Data with units. Every failure that ends it is told to the tracker first, typed."""
+
+    def __init__(self, task: ActorTask, tracker: Tracker) -> None:
+        self._task = task
+        self._tracker = tracker
+        try:
+            if not ray.get(tracker.starting.remote()):
+                raise EngineStartError("the processes of several actors died while loading the model: out of memory?")
+            manifest = load_manifest(task.output)
+            if manifest is None:
+                raise JobError(f"{task.output.url}: the manifest is gone")
+            self._manifest = manifest
+            self._check_node(manifest)
+            self._scorer = task.build_scorer(task.config)
+        except PolarRayError as error:
+            ray.get(tracker.fail.remote(error))
+            raise
+        ray.get(tracker.started.remote())
+
+    def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+        """A column of unit indices in, a column of their reports (JSON) out."""
+        reports = [self._do_unit(int(unit)).model_dump_json() for unit in batch["unit"]]
+        return {"unit": batch["unit"], "report": np.array(reports, dtype=object)}
+
+    def _check_node(self, manifest: Manifest) -> None:
+        """Weights of the same name can differ from node to node; the first actor of each compares the receipt."""
+        if not ray.get(self._tracker.claim_check.remote(ray.get_runtime_context().get_node_id())):
+            return
+        config = self._task.config
+        folder = locate_model(config.model, config.revision)
+        receipt = build_receipt(folder, PolarTokenizer(folder), config.engine, config.limits)
+        differences = manifest.receipt.differences(receipt)
+        if differences:
+            raise CheckpointError(
+                f"{config.model} on this node is not what the job was planned with: "
+                + "; ".join(f"{name} {theirs!r} instead of {ours!r}" for name, (ours, theirs) in differences.items())
+            )
+
+    def _do_unit(self, index: int) -> UnitReport:
+        committed = read_report(self._task.output, self._manifest, index)
+        if committed is not None:  # the task is a retry, and its first try got this far
+            return committed
+        try:
+            return self._score_unit(index)
+        except PolarRayError as error:
+            ray.get(self._tracker.fail.remote(error))
+            raise
+
+    def _score_unit(self, index: int) -> UnitReport:
+        started = time.perf_counter()
+        unit = self._manifest.units[index]
+        table, triples = read_unit(self._manifest, index)
+        assignment: Assignment = ray.get(self._tracker.begin.remote(index, unit.rows))
+        before = self._scorer.usage.copy()
+        scored = self._score_ranges(index, triples, assignment)
+        self._check_engine(index, scored)
+        usage = self._scorer.usage - before
+        report = report_unit(triples, scored, usage, time.perf_counter() - started)
+        write_unit(self._task.output, self._manifest, index, table, scored, report)
+        ray.get(self._tracker.finish.remote(index, report.rows, report.tokens, report.computed_tokens))
+        return report
+
+    def _score_ranges(self, index: int, triples: list[Triple | TripleError], assignment: Assignment) -> list[Scored]:
+        scored: dict[int, Scored] = {row: _crashed() for row in assignment.quarantined}
+        progress = _Progress(self._tracker, index, self._scorer)
+        for rows in assignment.ranges:
+            ray.get(self._tracker.mark.remote(index, rows))
+            outcomes = self._scorer.score(triples[rows.start : rows.stop], progress.on_batch)
+            scored.update(zip(range(rows.start, rows.stop), outcomes, strict=True))
+        return [scored[row] for row in range(len(triples))]
+
+    def _check_engine(self, index: int, scored: list[Scored]) -> None:
+        """Leave, without writing, when the engine itself is broken: a fresh process first, then the job fails."""
+        failed = [row for row in scored if row.status in ENGINE_CODES]
+        if len(failed) < 2 or len(failed) <= ENGINE_FAILURE_FRACTION * len(scored):
+            return
+        if ray.get(self._tracker.engine_failed.remote(index)):
+            os._exit(1)
+        raise EngineError(
+            f"the engine fails on {len(failed)} of {len(scored)} rows of {self._manifest.describe(index)}, in fresh "
+            f"processes as well; the first failure: {failed[0].detail}"
+        )
+
+
+ENGINE_CODES = frozenset({EngineError.code})
+"""Statuses that say the engine failed, rather than the row."""
+
+
+class _Progress:
+    """Tells the tracker what was scored since it was last told, and learns whether to go on."""
+
+    def __init__(self, tracker: Tracker, unit: int, scorer: Scorer) -> None:
+        self._tracker = tracker
+        self._unit = unit
+        self._scorer = scorer
+        self._told = scorer.usage.copy()
+
+    def on_batch(self) -> None:
+        usage: Usage = self._scorer.usage - self._told
+        self._told = self._scorer.usage.copy()
+        told = self._tracker.progress.remote(self._unit, usage.rows, usage.tokens, usage.computed_tokens)
+        if ray.get(told):
+            raise JobError("the job was stopped")
+
+
+def _crashed() -> Scored:
+    message = "scoring this row killed the process, and did so again when the row was alone; it is quarantined"
+    return Scored(None, ProcessCrashed.code, message)

@@ -1,0 +1,233 @@
+"""Which files a job reads, checked before anything expensive starts."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from polar_ray.config import ColumnsConfig
+from polar_ray.corpus import jsonl
+from polar_ray.corpus.columns import check_room, check_schema
+from polar_ray.corpus.storage import Location
+from polar_ray.errors import InputError
+
+Format = Literal["parquet", "jsonl"]
+
+FORMATS: dict[str, Format] = {".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+
+HIVE_PART = re.compile(r"[^=/]+=[^/]*")
+
+LISTING_THREADS = 16
+"""Footers are small reads: on an object store the wait, not the work, is what takes time."""
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file of the input: where it is, what tells it from a changed one, and its hive folders, if any."""
+
+    url: str
+    format: Format
+    size: int
+    modified_ns: int
+    partition: str = ""
+    """`key=value/...`, mirrored in the output so that its readers find the same partition columns."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A run of consecutive rows of one input file: what a unit reads.
+
+    `offset` and `end` are byte positions in a JSONL file; a Parquet file is addressed by rows alone.
+    """
+
+    start: int
+    stop: int
+    offset: int = 0
+    end: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is in a file: its slices, and for JSONL the schema that all of its rows fit."""
+
+    slices: tuple[Slice, ...]
+    schema: pa.Schema | None = None
+
+
+def list_inputs(inputs: Sequence[str]) -> list[InputFile]:
+    """The files that `inputs` (files, folders, globs, URLs) stand for, in order and each once.
+
+    Raises `InputError` for an input that matches nothing, a file of unknown format, or one that is named twice.
+    """
+    if not inputs:
+        raise InputError("no input given; name a Parquet or JSONL file, a folder, a glob or a URL")
+    files = [file for given in inputs for file in _list_one(given)]
+    seen: set[str] = set()
+    for file in files:
+        if file.url in seen:
+            raise InputError(f"{file.url}: named twice among the inputs; every row is scored once, so name it once")
+        seen.add(file.url)
+    return files
+
+
+def examine(
+    files: Sequence[InputFile],
+    columns: ColumnsConfig,
+    unit_rows: int,
+    on_file: Callable[[], None] = lambda: None,
+    *,
+    will_write: bool = True,
+) -> list[Contents]:
+    """Read every file's footer (JSONL: all of it, once), check its columns and cut it into slices.
+
+    `on_file` is called as each file is done. `will_write` also refuses files that already have the columns a job
+    adds. Raises `InputError` for a file that cannot be read or when there are no rows at all, `SchemaError` for one
+    whose columns do not fit.
+    """
+
+    def examine_one(file: InputFile) -> Contents:
+        schema, slices = _examine_parquet(file, unit_rows) if file.format == "parquet" else _scan_jsonl(file, unit_rows)
+        is_jsonl = file.format == "jsonl"
+        if slices:
+            check_schema(schema, columns, file.url, any_type=is_jsonl)
+            if will_write:
+                check_room(schema, columns, file.url)
+        on_file()
+        return Contents(tuple(slices), schema if is_jsonl else None)
+
+    with ThreadPoolExecutor(LISTING_THREADS) as pool:
+        found = list(pool.map(examine_one, files))
+    if not any(contents.slices for contents in found):
+        named = files[0].url + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+        raise InputError(f"{named}: no rows; there is nothing to score")
+    return found
+
+
+def cut_rows(row_groups: Iterable[int], unit_rows: int) -> list[Slice]:
+    """Slices of about `unit_rows` rows: whole row groups where they are small, parts of one where they are large."""
+    slices: list[Slice] = []
+    start = stop = 0
+    for rows in row_groups:
+        if stop > start and stop - start + rows > unit_rows:
+            slices.append(Slice(start, stop))
+            start = stop
+        stop += rows
+        while stop - start > unit_rows:
+            slices.append(Slice(start, start + unit_rows))
+            start += unit_rows
+    if stop > start:
+        slices.append(Slice(start, stop))
+    return slices
+
+
+def _list_one(given: str) -> list[InputFile]:
+    if _is_glob(given):
+        return _list_glob(given)
+    location = Location(given).absolute()
+    try:
+        info = location.info()
+        if info.type == fs.FileType.NotFound:
+            raise InputError(f"{given}: no such file or folder")
+        if info.type == fs.FileType.File:
+            return [_input_file(location, info, given, _partition_of(location.path))]
+        found = location.walk()
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{given}: cannot be listed ({error})") from None
+    known = [info for info in found if _format_of(info.path)]
+    if not known:
+        raise InputError(f"{given}: no {' or '.join(sorted(FORMATS))} file in this folder")
+    return [_below(location, info) for info in known]
+
+
+def _list_glob(given: str) -> list[InputFile]:
+    scheme, separator, path = given.rpartition("://")
+    parts = path.split("/")
+    fixed = next(place for place, part in enumerate(parts) if _is_glob(part))
+    folder = "/".join(parts[:fixed]) or ("/" if path.startswith("/") else ".")
+    base = Location(scheme + separator + folder).absolute()
+    pattern = re.compile(_glob_to_regex("/".join(parts[fixed:])))
+    try:
+        matches = [info for info in base.walk() if pattern.fullmatch(os.path.relpath(info.path, base.path))]
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{given}: cannot be listed ({error})") from None
+    if not matches:
+        raise InputError(f"{given}: matches no file; quote the pattern so that the shell does not expand it")
+    return [_below(base, info) for info in matches]
+
+
+def _below(base: Location, info: fs.FileInfo) -> InputFile:
+    relative = os.path.relpath(info.path, base.path)
+    location = base.join(*PurePosixPath(relative).parts)
+    return _input_file(location, info, location.url, _partition_of(relative))
+
+
+def _input_file(location: Location, info: fs.FileInfo, given: str, partition: str) -> InputFile:
+    kind = _format_of(info.path)
+    if kind is None:
+        raise InputError(f"{given}: unknown format; the name must end in {', '.join(sorted(FORMATS))}")
+    return InputFile(location.url, kind, info.size, info.mtime_ns or 0, partition)
+
+
+def _format_of(path: str) -> Format | None:
+    return FORMATS.get(PurePosixPath(path).suffix.lower())
+
+
+def _partition_of(path: str) -> str:
+    """The trailing run of `key=value` folders of a file's path."""
+    folders = PurePosixPath(path).parts[:-1]
+    run: list[str] = []
+    for folder in reversed(folders):
+        if not HIVE_PART.fullmatch(folder):
+            break
+        run.insert(0, folder)
+    return "/".join(run)
+
+
+def _is_glob(text: str) -> bool:
+    """Whether there are wildcards in it; `?` counts only in paths, where URLs have their query."""
+    return any(mark in text for mark in ("*[" if "://" in text else "*?["))
+
+
+def _glob_to_regex(pattern: str) -> str:
+    """A path pattern as a regular expression: `*` stays within a folder, `**` does not."""
+    translated = []
+    for part in pattern.split("/"):
+        if part == "**":
+            translated.append("(?:[^/]+/)*")
+        else:
+            inner = fnmatch.translate(part).removeprefix("(?s:").removesuffix(r")\Z").replace(".*", "[^/]*")
+            translated.append(inner + "/")
+    return "".join(translated).removesuffix("/")
+
+
+def _examine_parquet(file: InputFile, unit_rows: int) -> tuple[pa.Schema, list[Slice]]:
+    location = Location(file.url)
+    try:
+        with location.filesystem.open_input_file(location.path) as stream:
+            parquet = pq.ParquetFile(stream)
+            groups = [parquet.metadata.row_group(place).num_rows for place in range(parquet.metadata.num_row_groups)]
+            return parquet.schema_arrow, cut_rows(groups, unit_rows)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{file.url}: not a readable Parquet file ({error})") from None
+
+
+def _scan_jsonl(file: InputFile, unit_rows: int) -> tuple[pa.Schema, list[Slice]]:
+    try:
+        scan = jsonl.scan(Location(file.url), unit_rows)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{file.url}: cannot be read ({error})") from None
+    return scan.schema, [Slice(block.start, block.stop, block.offset, block.end) for block in scan.blocks]

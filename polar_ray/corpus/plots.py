@@ -1,0 +1,342 @@
+"""The drawings of a job's report: numbers in, SVG text out.
+
+Every drawing has the same frame, so that its text stays readable when a phone shows it at three quarters of its size.
+Colours come from the page's style sheet, by class.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+from polar_ray.corpus.progress import human_time
+
+WIDTH, HEIGHT = 480.0, 236.0
+LEFT, RIGHT, TOP, BOTTOM = 56.0, 466.0, 10.0, 186.0
+"""Edges of the area inside the axes."""
+
+MOST_BARS = 64
+FEWEST_BARS = 12
+"""A histogram leaves room for so many, lest one bar fill the whole width."""
+
+FENCE = 6.0
+"""Quartile ranges beyond the quartiles from which on values count as a tail, if they are no more than `TAIL_SHARE`."""
+
+TAIL_SHARE = 0.02
+
+MOST_BUCKETS = 120
+MOST_PAUSES = 10
+PAUSE_WIDTH = 12.0
+
+SPACE = "\u202f"
+"""Narrow and unbreakable, between a number and its unit."""
+
+SIZES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+TIME_STEPS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400)
+TIME_UNITS_S = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+
+Floats = NDArray[np.float64]
+
+
+def number(value: float) -> str:
+    """A number in at most three digits: 950, 12.3 k, 4.1 M. Exact below a thousand if it is whole."""
+    for size, suffix in SIZES:
+        if size * 0.9995 <= abs(value) < 1e15:
+            return f"{value / size:.3g}{SPACE}{suffix}".replace("-", "−")
+    return f"{value:.3g}".replace("-", "−")
+
+
+def percent(share: float) -> str:
+    """A share in percent; what is not all, or not nothing, is never rounded to it."""
+    if 0 < share < 0.001:
+        return f"<{SPACE}0.1{SPACE}%"
+    if 0.999 < share < 1:
+        return f">{SPACE}99.9{SPACE}%"
+    return f"{100 * share:.3g}{SPACE}%"
+
+
+def decimal(value: float) -> str:
+    """A reward with two decimals; a huge one as a number in three digits."""
+    return number(value) if abs(value) >= 10_000 else f"{value:.2f}".replace("-", "−")
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A histogram as it is drawn: bar `i` holds bins `first + i * step` to the next, the end bars the tails as well."""
+
+    first: int
+    step: int
+    counts: list[int]
+    below: int = 0
+    above: int = 0
+
+    @property
+    def last(self) -> int:
+        """Where the last bar ends, in bins."""
+        return self.first + self.step * len(self.counts)
+
+
+def gather(bins: Mapping[int, int]) -> Bars:
+    """Bins (at least one) as at most `MOST_BARS` bars: far tails put into the end bars, then neighbours together."""
+    low, high = min(bins), max(bins)
+    if high - low >= MOST_BARS:
+        low, high = _within_fences(bins)
+    step = 1
+    while high // step - low // step >= MOST_BARS:
+        step *= 2
+    counts = [0] * (high // step - low // step + 1)
+    for place, count in bins.items():
+        counts[min(max(place, low), high) // step - low // step] += count
+    return Bars(
+        first=low // step * step,
+        step=step,
+        counts=counts,
+        below=sum(count for place, count in bins.items() if place < low),
+        above=sum(count for place, count in bins.items() if place > high),
+    )
+
+
+def quantile(bins: Mapping[int, int], share: float) -> float:
+    """Where `share` of the counts lie below, in bins, taking them as even within a bin."""
+    wanted, seen = share * sum(bins.values()), 0
+    for place in sorted(bins):
+        if seen + bins[place] >= wanted:
+            return place + (wanted - seen) / bins[place]
+        seen += bins[place]
+    return max(bins) + 1.0
+
+
+def _within_fences(bins: Mapping[int, int]) -> tuple[int, int]:
+    """The lowest and highest bin to draw: a side's far values are left out if they are few, or a single one."""
+    lower, upper = quantile(bins, 0.25), quantile(bins, 0.75)
+    reach = FENCE * max(upper - lower, 1.0)
+    most = max(1.0, TAIL_SHARE * sum(bins.values()))
+    inner = [place for place in bins if lower - reach <= place <= upper + reach]
+    below = sum(count for place, count in bins.items() if place < min(inner))
+    above = sum(count for place, count in bins.items() if place > max(inner))
+    return (min(inner) if below <= most else min(bins)), (max(inner) if above <= most else max(bins))
+
+
+def draw_histogram(
+    bars: Bars,
+    *,
+    title: str,
+    axis: str,
+    ticks: Callable[[float, float], list[tuple[float, str]]],
+    describe: Callable[[int, int], str],
+    counted: str,
+    markers: Mapping[str, float] | None = None,
+    base: int = 0,
+    floor: int | None = None,
+) -> Markup:
+    """A histogram. Positions are in bins: `ticks` gives (position, label) between two, `describe` words a bar's range.
+
+    `markers` are vertical lines by class. `base` counts of the first bar are drawn in another colour, beneath the
+    others. Nothing below `floor` is on the axis.
+    """
+    spare = max(0, FEWEST_BARS - len(bars.counts)) * bars.step / 2
+    low, high = bars.first - spare, bars.last + spare
+    if floor is not None and low < floor:
+        low, high = floor, high + floor - low
+    x, top = _scale(low, high, LEFT, RIGHT), max(bars.counts)
+    y = _scale(0, top, BOTTOM, TOP)
+    parts = [_y_axis(top), *_x_axis([(x(place), label) for place, label in ticks(low, high)], axis)]
+    for index, count in enumerate(bars.counts):
+        start = bars.first + index * bars.step
+        left, right = x(start) + 0.5, x(start + bars.step) - 0.5
+        is_tail = (index == 0 and bars.below > 0) or (index == len(bars.counts) - 1 and bars.above > 0)
+        shapes = [_box(left, y(count), right, BOTTOM, "tail" if is_tail else "bar")] if count else []
+        if index == 0 and base:
+            shapes.append(_box(left, y(base), right, BOTTOM, "base"))
+        words = f"{describe(start, start + bars.step)}{' and beyond' if is_tail else ''}: {count:,} {counted}"
+        parts.append(_hoverable(words, _box(left, TOP, right, BOTTOM, "hit"), *shapes))
+    for kind, place in (markers or {}).items():
+        parts.append(_line(x(place), TOP, x(place), BOTTOM, f"marker {kind}"))
+    return _svg(title, *parts)
+
+
+def value_ticks(low: float, high: float, unit: float) -> list[tuple[float, str]]:
+    """Round values between two positions on an axis of bins that are `unit` wide."""
+    return [(value / unit, label) for value, label in round_ticks(low * unit, high * unit, 6)]
+
+
+def octave_ticks(low: float, high: float, bins: int) -> list[tuple[float, str]]:
+    """Powers of two between two positions on an axis of `bins` bins an octave."""
+    first, last = math.ceil(low / bins), math.floor(high / bins)
+    return [(power * bins, number(2.0**power) if power > 16 else f"{2**power:,}") for power in _thinned(first, last, 6)]
+
+
+def round_ticks(low: float, high: float, most: int) -> list[tuple[float, str]]:
+    """About `most` round values from `low` to `high`, and how they are written."""
+    step = 10.0 ** math.floor(math.log10((high - low) / most))
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= most)
+    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    values = [place * step for place in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    is_large = max(abs(low), abs(high)) >= 1000
+    return [(value, number(value) if is_large else f"{value:.{digits}f}".replace("-", "−")) for value in values]
+
+
+def _thinned(first: int, last: int, most: int) -> list[int]:
+    stride = max(1, math.ceil((last - first + 1) / most))
+    return list(range(first, last + 1, stride))
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Work over time, in buckets; `starts` and `ends` are Unix times, a rate is per second of its bucket.
+
+    Pauses, in which no unit was worked on, lie between two buckets and are none themselves.
+    """
+
+    starts: Floats
+    ends: Floats
+    rows: Floats
+    tokens: Floats
+    computed_tokens: Floats
+
+    @property
+    def pauses(self) -> Floats:
+        """Seconds from each bucket's end to the next one's start, 0 where there is no pause."""
+        idle: Floats = np.append(self.starts[1:] - self.ends[:-1], 0.0)
+        return idle
+
+
+def trace(finished: Sequence[tuple[float, int, int, int]], seconds: float) -> Trace | None:
+    """The history of a job from (Unix time, rows, tokens, computed tokens) of its units; None without units.
+
+    When a unit was begun is not recorded: the `seconds` of all units are shared out by their computed tokens, and a
+    unit's work is spread evenly over its share.
+    """
+    if not finished:
+        return None
+    ends, *work = np.asarray(finished, dtype=np.float64).T
+    weights = work[2] if work[2].sum() else np.ones_like(ends)
+    lasted = np.maximum(seconds * weights / weights.sum(), 1e-3)
+    begins = ends - lasted
+    edges = _bucket_edges(begins, ends, float(lasted.mean()))
+    starts, stops = np.concatenate([edge[:-1] for edge in edges]), np.concatenate([edge[1:] for edge in edges])
+    done = [
+        np.array([(np.clip((moment - begins) / lasted, 0, 1) @ np.stack(work, axis=1)) for moment in edge])
+        for edge in edges
+    ]
+    rates = np.concatenate([np.diff(totals, axis=0) for totals in done]) / (stops - starts)[:, None]
+    return Trace(starts, stops, *rates.T)
+
+
+def _bucket_edges(begins: Floats, ends: Floats, typical_s: float) -> list[Floats]:
+    """Edges of buckets of about one width, a list for each stretch between pauses."""
+    order = np.argsort(begins)
+    reached = np.maximum.accumulate(ends[order])
+    idle = begins[order][1:] - reached[:-1]
+    tolerance = 2 * typical_s
+    busy = reached[-1] - begins.min() - idle[idle > tolerance].sum()
+    tolerance = max(tolerance, 5 * busy / MOST_BUCKETS)
+    long = np.sort(np.argsort(-idle)[:MOST_PAUSES])
+    pauses = long[idle[long] > tolerance]
+    starts = begins[order][np.append(0, pauses + 1)]
+    stops = reached[np.append(pauses, len(reached) - 1)]
+    lengths = stops - starts
+    buckets = 1 + np.floor(lengths / lengths.sum() * (MOST_BUCKETS - len(lengths))).astype(int)
+    return [np.linspace(*bounds) for bounds in zip(starts, stops, buckets + 1, strict=True)]
+
+
+def draw_rates(history: Trace, areas: Mapping[str, Floats], *, title: str, unit: str) -> Markup:
+    """Areas over the time that was worked, one for each class in `areas`, from back to front."""
+    top = max(float(rates.max()) for rates in areas.values()) or 1.0
+    pauses = history.pauses > 0
+    widths = history.ends - history.starts
+    scale = (RIGHT - LEFT - PAUSE_WIDTH * pauses.sum()) / widths.sum()
+    worked = np.append(0.0, np.cumsum(widths))
+    shifts = PAUSE_WIDTH * np.append(0.0, np.cumsum(pauses)[:-1])
+    lefts, rights = LEFT + scale * worked[:-1] + shifts, LEFT + scale * worked[1:] + shifts
+    ticks = [
+        (float(LEFT + scale * moment + shifts[np.searchsorted(worked[1:-1], moment)]), label)
+        for moment, label in time_ticks(float(worked[-1]))
+    ]
+    y = _scale(0, top, BOTTOM, TOP)
+    parts = [_y_axis(top), *_x_axis(ticks, "time at work")]
+    for kind, rates in areas.items():
+        steps = zip(lefts, rights, (y(rate) for rate in rates), strict=True)
+        outline = "".join(f"M{left:.1f},{BOTTOM}V{height:.1f}H{right:.1f}V{BOTTOM}Z" for left, right, height in steps)
+        parts.append(_element("path", d=outline, class_=kind))
+    for index, (left, right) in enumerate(zip(lefts, rights, strict=True)):
+        rates_here = ", ".join(f"{number(float(rates[index]))} {kind} {unit}" for kind, rates in areas.items())
+        parts.append(_hoverable(f"{clock(history.starts[index])}: {rates_here}", _box(left, TOP, right, BOTTOM, "hit")))
+        if pauses[index]:
+            words = f"no work for {human_time(history.pauses[index])}"
+            parts.append(_hoverable(words, _box(right, TOP, right + PAUSE_WIDTH, BOTTOM, "pause")))
+    return _svg(title, *parts)
+
+
+def time_ticks(seconds: float) -> list[tuple[float, str]]:
+    """Round moments from 0 to `seconds`, and how they are written, in one unit."""
+    if seconds < 5:
+        return [(value, f"{label}{SPACE}s") for value, label in round_ticks(0, seconds, 5)]
+    days = (86400 * factor * 10**power for power in range(9) for factor in (1, 2, 5))
+    step = next(step for step in (*TIME_STEPS_S, *days) if seconds / step <= 6)
+    size, unit = next((size, unit) for size, unit in TIME_UNITS_S if step >= size)
+    return [(moment, f"{moment / size:g}{SPACE}{unit}") for moment in range(0, math.floor(seconds) + 1, step)]
+
+
+def clock(unix_time: float) -> str:
+    """A Unix time as a date and a time of day, UTC."""
+    return datetime.fromtimestamp(unix_time, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _scale(low: float, high: float, start: float, stop: float) -> Callable[[float], float]:
+    return lambda value: start + (value - low) / (high - low) * (stop - start)
+
+
+def _y_axis(top: float) -> Markup:
+    y = _scale(0, top, BOTTOM, TOP)
+    parts = []
+    for value, label in round_ticks(0, top, 4):
+        if top < 4 and value % 1:
+            continue
+        parts.append(_line(LEFT, y(value), RIGHT, y(value), "grid"))
+        parts.append(_element("text", label, x=LEFT - 8, y=y(value) + 4, class_="end"))
+    return Markup("").join(parts)
+
+
+def _x_axis(ticks: Sequence[tuple[float, str]], name: str) -> list[Markup]:
+    labels = [_element("text", label, x=x, y=BOTTOM + 19, class_="mid") for x, label in ticks]
+    marks = [_line(x, BOTTOM, x, BOTTOM + 5, "axis") for x, _ in ticks]
+    return [
+        *marks,
+        _line(LEFT, BOTTOM, RIGHT, BOTTOM, "axis"),
+        *labels,
+        _element("text", name, x=(LEFT + RIGHT) / 2, y=BOTTOM + 41, class_="mid name"),
+    ]
+
+
+def _svg(title: str, *parts: Markup) -> Markup:
+    return _element("svg", *parts, viewBox=f"0 0 {WIDTH:g} {HEIGHT:g}", role="img", aria_label=title)
+
+
+def _hoverable(words: str, *shapes: Markup) -> Markup:
+    return _element("g", _element("title", words), *shapes)
+
+
+def _box(left: float, top: float, right: float, bottom: float, kind: str) -> Markup:
+    return _element("rect", x=left, y=top, width=max(right - left, 0.3), height=max(bottom - top, 0.0), class_=kind)
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
+    return _element("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=kind)
+
+
+def _element(name: str, *inside: str, **attributes: str | float) -> Markup:
+    """An XML element; text and attribute values are escaped, numbers shortened to what can be seen."""
+    written = [
+        Markup(' {}="{}"').format(
+            key.rstrip("_").replace("_", "-"), value if isinstance(value, str) else f"{value:.1f}"
+        )
+        for key, value in attributes.items()
+    ]
+    return Markup("<{0}{1}>{2}</{0}>").format(name, Markup("").join(written), Markup("").join(inside))

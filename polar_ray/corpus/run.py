@@ -1,0 +1,195 @@
+"""Running units on Ray: the cluster, the actor pool, and the watch over both."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from polar_ray.config import ScoreConfig, ray_address
+from polar_ray.corpus.actor import ActorTask, BuildScorer, ScoringActor
+from polar_ray.corpus.manifest import Manifest
+from polar_ray.corpus.progress import JobProgress, Show
+from polar_ray.corpus.storage import Location
+from polar_ray.corpus.summary import UnitReport
+from polar_ray.corpus.tracker import JobTracker, Snapshot
+from polar_ray.errors import JobError, JobStalled, PolarRayError, TooManyFailures, unwrap
+
+CPUS_PER_ENGINE = 8
+"""Threads that one CPU engine makes good use of; where there are more cores, more actors are better."""
+
+MOST_BLOCKS = 4096
+"""Ray Data keeps state for every block; beyond this many units a block holds several."""
+
+POLL_SECONDS = 0.25
+
+OBJECT_STORE_BYTES = 128 << 20
+"""Of a cluster started for one job: only numbers of units and their reports pass through it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job that was checked and may start."""
+
+    output: Location
+    manifest: Manifest
+    config: ScoreConfig
+    """With `auto` values resolved."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """How many actors, and what each of them asks of Ray."""
+
+    fewest: int
+    most: int
+    cpus: float
+    gpus: int
+
+
+@contextmanager
+def ray_cluster() -> Iterator[None]:
+    """A connection to Ray: this process's own if it has one, else RAY_ADDRESS, else a cluster on this machine."""
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else Ray's C++ warns on this terminal at every pool start
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what went wrong is raised, once, as a typed error
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address := ray_address():
+        ray.init(address=address, **quiet)
+    else:
+        ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def has_gpu() -> bool:
+    """Whether the cluster has a GPU now."""
+    return bool(ray.cluster_resources().get("GPU", 0))
+
+
+def run_units(job: Job, todo: list[int], progress: JobProgress, build_scorer: BuildScorer) -> int:
+    """Score the units in `todo` and write their files; gives the number of actors that worked on them.
+
+    Raises what the job's contract says, typed, with Ray's wrapping removed.
+    """
+    pool = _plan_pool(job.config, len(todo))
+    threads = job.config.engine.threads or max(1, int(pool.cpus))
+    engine = job.config.engine.model_copy(update={"threads": threads})
+    task = ActorTask(job.output, job.config.model_copy(update={"engine": engine}), build_scorer)
+    tracker = ray.remote(JobTracker).options(num_cpus=0, max_restarts=-1).remote(pool.most)
+    rows_before = job.manifest.rows - sum(job.manifest.units[index].rows for index in todo)
+    with progress.scoring(job.manifest.rows, rows_before, pool.most) as show:
+        _drive(job, _dataset(todo, task, tracker, pool), tracker, show)
+    return pool.most
+
+
+def _plan_pool(config: ScoreConfig, n_units: int) -> Pool:
+    """The pool that the settings name, or one that fills the cluster as it is now."""
+    engine, resources = config.engine, ray.cluster_resources()
+    cpus = float(resources.get("CPU", 1))
+    given = config.actor_range
+    if engine.device == "cuda":
+        most = int(resources.get("GPU", 0)) // engine.tensor_parallel_size or 1
+        fewest, most = given or (most, most)
+        return Pool(min(fewest, n_units), min(most, n_units), engine.threads or 1, engine.tensor_parallel_size)
+    fewest, most = given or (1, max(1, int(cpus // (engine.threads or CPUS_PER_ENGINE))))
+    fewest, most = min(fewest, n_units), min(most, n_units)
+    share = min(CPUS_PER_ENGINE, cpus / most)
+    return Pool(most if given is None else fewest, most, engine.threads or (int(share) if share >= 1 else share), 0)
+
+
+def _dataset(todo: list[int], task: ActorTask, tracker: Any, pool: Pool) -> ray.data.Dataset:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = -1  # off: a unit may rightly take hours, and the job watches by itself
+    units = ray.data.from_items([{"unit": index} for index in todo], override_num_blocks=min(len(todo), MOST_BLOCKS))
+    return units.map_batches(
+        ScoringActor,
+        fn_constructor_args=(task, tracker),
+        batch_size=1,
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus,
+        compute=ray.data.ActorPoolStrategy(
+            min_size=pool.fewest, max_size=pool.most, initial_size=pool.fewest, max_tasks_in_flight_per_actor=2
+        ),
+    )
+
+
+def _drive(job: Job, data: ray.data.Dataset, tracker: Any, show: Show) -> None:
+    """Consume the data set in a thread, so that this one can watch, draw and be interrupted."""
+    arrivals: queue.SimpleQueue[UnitReport | BaseException | None] = queue.SimpleQueue()
+
+    def consume() -> None:
+        try:
+            for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                for report in batch.column("report").to_pylist():
+                    arrivals.put(UnitReport.model_validate_json(report))
+            arrivals.put(None)
+        except BaseException as error:  # whatever it is, it is the main thread's to raise
+            arrivals.put(error)
+
+    threading.Thread(target=consume, name="polar-ray-consume", daemon=True).start()
+    rows = failed = 0
+    try:
+        while True:
+            try:
+                arrival = arrivals.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                _watch(job, tracker, show)
+                continue
+            if arrival is None:
+                return
+            if isinstance(arrival, BaseException):
+                raise _typed(arrival, tracker) from None
+            rows, failed = rows + arrival.rows, failed + arrival.failed
+            _stop_a_job_gone_wrong(job, rows, failed)
+    finally:
+        tracker.stop.remote()
+
+
+def _watch(job: Job, tracker: Any, show: Show) -> None:
+    snapshot: Snapshot = ray.get(tracker.snapshot.remote())
+    show(snapshot)
+    if snapshot.seconds_since_progress <= job.config.no_progress_timeout_s:
+        return
+    stuck = [f"{job.manifest.describe(item.unit)} for {item.seconds:.0f} s" for item in snapshot.in_flight]
+    raise JobStalled(
+        f"no progress for {snapshot.seconds_since_progress:.0f} s; {snapshot.actors} engines came up; in flight: "
+        f"{'; '.join(stuck) or 'nothing'}. Run the same command again to go on, or raise no_progress_timeout_s"
+    )
+
+
+def _stop_a_job_gone_wrong(job: Job, rows: int, failed: int) -> None:
+    """Stop as soon as more rows failed than the whole job is allowed."""
+    allowed = job.config.max_failed_fraction * job.manifest.rows
+    if failed > allowed:
+        raise TooManyFailures(
+            f"{failed} of the first {rows} rows have no reward; max_failed_fraction = "
+            f"{job.config.max_failed_fraction} allows {allowed:.0f} of {job.manifest.rows}. The files finished so far "
+            f"in {job.output.url} say why, row by row"
+        )
+
+
+def _typed(error: BaseException, tracker: Any) -> BaseException:
+    """What went wrong: the actor's own account where it left one, else Ray's without its wrapping."""
+    try:
+        snapshot: Snapshot = ray.get(tracker.snapshot.remote(), timeout=10)
+    except ray.exceptions.RayError:
+        return unwrap(error)
+    if snapshot.error is not None:
+        return snapshot.error
+    found = unwrap(error)
+    return found if isinstance(found, PolarRayError) else JobError(f"Ray gave up on the job: {type(found).__name__}: {found}")

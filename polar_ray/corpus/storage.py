@@ -1,0 +1,141 @@
+"""Files on local disks and object stores, through pyarrow's filesystems, or fsspec's where pyarrow has none.
+
+A commit is one atomic step on either: a rename on a filesystem, the end of one upload on an object store.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import PurePosixPath
+
+import pyarrow as pa
+from pyarrow import fs
+
+from polar_ray.errors import InputError
+
+UPLOAD_CHUNK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Location:
+    """A path or URL, with the filesystem it lies on. Only the text travels between processes."""
+
+    url: str
+
+    def __reduce__(self) -> tuple[type[Location], tuple[str]]:
+        return Location, (self.url,)
+
+    @cached_property
+    def _resolved(self) -> tuple[fs.FileSystem, str]:
+        if "://" not in self.url:
+            return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(self.url))
+        try:
+            filesystem, path = fs.FileSystem.from_uri(self.url)
+            return filesystem, path
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            return self._through_fsspec(error)
+
+    def _through_fsspec(self, arrow_error: Exception) -> tuple[fs.FileSystem, str]:
+        import fsspec
+
+        try:
+            filesystem, path = fsspec.core.url_to_fs(self.url)
+        except (ValueError, ImportError) as error:
+            raise InputError(f"{self.url}: no filesystem for this address ({error}; pyarrow: {arrow_error})") from None
+        return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
+
+    @property
+    def filesystem(self) -> fs.FileSystem:
+        return self._resolved[0]
+
+    @property
+    def path(self) -> str:
+        """The path as its filesystem wants it."""
+        return self._resolved[1].rstrip("/") or "/"
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, fs.LocalFileSystem)
+
+    def absolute(self) -> Location:
+        """The same place by a name that holds in any working directory."""
+        return Location(self.path) if "://" not in self.url else self
+
+    def join(self, *parts: str) -> Location:
+        """The place below this one; a URL's query (an endpoint, say) stays at its end."""
+        base, question, query = self.url.partition("?") if "://" in self.url else (self.url, "", "")
+        return Location("/".join([base.rstrip("/"), *parts]) + question + query)
+
+    def info(self) -> fs.FileInfo:
+        return self.filesystem.get_file_info(self.path)
+
+    def exists(self) -> bool:
+        return bool(self.info().type != fs.FileType.NotFound)
+
+    def walk(self) -> list[fs.FileInfo]:
+        """Every file below, sorted by path; hidden ones (a part beginning with `_` or `.`) left out. [] if absent."""
+        selector = fs.FileSelector(self.path, recursive=True, allow_not_found=True)
+        files = [info for info in self.filesystem.get_file_info(selector) if info.is_file]
+        return sorted((info for info in files if not self._is_hidden(info.path)), key=lambda info: info.path)
+
+    def _is_hidden(self, path: str) -> bool:
+        parts = PurePosixPath(os.path.relpath(path, self.path)).parts
+        return any(part.startswith(("_", ".")) for part in parts)
+
+    def read_bytes(self) -> bytes:
+        with self.filesystem.open_input_stream(self.path) as stream:
+            content: bytes = stream.read()
+        return content
+
+    def make_folder(self) -> None:
+        self.filesystem.create_dir(self.path, recursive=True)
+
+    def delete(self) -> None:
+        """Remove a file or a folder with all in it. Nothing happens if it is not there."""
+        info = self.info()
+        if info.type == fs.FileType.Directory:
+            self.filesystem.delete_dir(self.path)
+        elif info.type == fs.FileType.File:
+            self.filesystem.delete_file(self.path)
+
+    def write_atomically(self, content: pa.Buffer | bytes) -> None:
+        """Put `content` here so that nobody ever sees a part of it, whatever dies when. An existing file is replaced.
+
+        The file's folder must exist. Object stores show an upload only once it is complete; elsewhere a hidden file
+        beside it is written, synced and renamed.
+        """
+        if self._uploads_atomically():
+            self._write(self.path, content)
+            return
+        folder, name = os.path.split(self.path)
+        aside = f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"
+        try:
+            self._write(aside, content)
+            if self.is_local:
+                _sync(aside)
+            self.filesystem.move(aside, self.path)
+        except BaseException:
+            if self.filesystem.get_file_info(aside).type != fs.FileType.NotFound:
+                self.filesystem.delete_file(aside)
+            raise
+
+    def _uploads_atomically(self) -> bool:
+        return self.filesystem.type_name in ("s3", "gcs", "abfs")
+
+    def _write(self, path: str, content: pa.Buffer | bytes) -> None:
+        view = memoryview(content)
+        with self.filesystem.open_output_stream(path) as stream:
+            for start in range(0, len(view), UPLOAD_CHUNK_BYTES):
+                stream.write(view[start : start + UPLOAD_CHUNK_BYTES])
+
+
+def _sync(path: str) -> None:
+    """The bytes must be on the disk before the name is: after a power cut a name means a whole file."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

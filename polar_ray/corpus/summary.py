@@ -1,0 +1,173 @@
+"""What a job did: counts and small histograms per unit, and their sum.
+
+A unit's report travels in its output file's schema metadata, so the sum over a finished folder needs no ledger and is
+the same whether one run made it or ten.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import TypeVar
+
+from pydantic import BaseModel, Field
+
+from polar_ray.errors import TripleError
+from polar_ray.scoring import Usage
+from polar_ray.triples import Scored, Triple
+
+Key = TypeVar("Key")
+
+REWARD_BIN = 0.25
+"""Width of a histogram bin in reward units; published POLAR-7B rewards run from about -12 to 1."""
+
+LENGTH_BINS_PER_OCTAVE = 4
+"""Bins of the length histogram for each doubling of tokens."""
+
+
+class Spread(BaseModel):
+    """How far apart rewards within groups are. A group: neighbouring rows of a unit with one prompt and reference."""
+
+    groups: int = 0
+    """Groups of at least two rewarded rows."""
+
+    zero_groups: int = 0
+    """Groups whose rewards are all equal; to a group-relative trainer they teach nothing."""
+
+    bins: dict[int, int] = Field(default_factory=dict)
+    """Highest less lowest reward of a group, in steps of `REWARD_BIN`: bin to groups."""
+
+
+class UnitReport(BaseModel):
+    """One unit's account, and through `combine` a whole job's."""
+
+    rows: int = 0
+    ok: int = 0
+    by_status: dict[str, int] = Field(default_factory=dict)
+    tokens: int = 0
+    """Tokens of all rows that could be encoded."""
+
+    computed_tokens: int = 0
+    """Tokens that went through the model: shared prefixes and duplicates once."""
+
+    duplicates: int = 0
+    cut_rows: int = 0
+    cut_tokens: int = 0
+    control_token_rows: int = 0
+    """Rows whose texts held control tokens, which were removed."""
+
+    seconds: float = 0.0
+    """Time of actors on units, summed over actors; not the job's wall time."""
+
+    engine_seconds: float = 0.0
+    reward_sum: float = 0.0
+    reward_square_sum: float = 0.0
+    lowest_reward: float | None = None
+    highest_reward: float | None = None
+    reward_bins: dict[int, int] = Field(default_factory=dict)
+    """Bin `b` holds rewards from `b * REWARD_BIN` to the next."""
+
+    length_bins: dict[int, int] = Field(default_factory=dict)
+    """Bin `b` holds rows of `2 ** (b / LENGTH_BINS_PER_OCTAVE)` tokens to the next."""
+
+    spread: Spread = Field(default_factory=Spread)
+    finished: list[tuple[float, int, int, int]] = Field(default_factory=list)
+    """(Unix time, rows, tokens, computed tokens) of each unit, by when it was finished."""
+
+    @property
+    def failed(self) -> int:
+        return self.rows - self.ok
+
+    @property
+    def reward_mean(self) -> float | None:
+        return self.reward_sum / self.ok if self.ok else None
+
+    @property
+    def reward_std(self) -> float | None:
+        """Standard deviation over the rows that have a reward."""
+        if not self.ok:
+            return None
+        return math.sqrt(max(0.0, self.reward_square_sum / self.ok - (self.reward_sum / self.ok) ** 2))
+
+
+def report_unit(
+    triples: Sequence[Triple | TripleError], scored: Sequence[Scored], usage: Usage, seconds: float
+) -> UnitReport:
+    """The account of one unit; `usage` is the scorer's work on it."""
+    rewards = [row.reward for row in scored if row.reward is not None]
+    return UnitReport(
+        rows=len(scored),
+        ok=len(rewards),
+        by_status=dict(Counter(row.status for row in scored)),
+        tokens=sum(row.tokens for row in scored),
+        computed_tokens=usage.computed_tokens,
+        duplicates=usage.duplicates,
+        cut_rows=sum(row.cut_tokens > 0 for row in scored),
+        cut_tokens=sum(row.cut_tokens for row in scored),
+        control_token_rows=sum(row.removed_control_tokens > 0 for row in scored),
+        seconds=seconds,
+        engine_seconds=usage.engine_seconds,
+        reward_sum=math.fsum(rewards),
+        reward_square_sum=math.fsum(reward * reward for reward in rewards),
+        lowest_reward=min(rewards, default=None),
+        highest_reward=max(rewards, default=None),
+        reward_bins=dict(Counter(math.floor(reward / REWARD_BIN) for reward in rewards)),
+        length_bins=dict(Counter(length_bin(row.tokens) for row in scored if row.tokens)),
+        spread=_spread(triples, scored),
+        finished=[(time.time(), len(scored), sum(row.tokens for row in scored), usage.computed_tokens)],
+    )
+
+
+def combine(reports: Iterable[UnitReport]) -> UnitReport:
+    """The sum of reports; its `finished` is in order of time."""
+    total = UnitReport()
+    for report in reports:
+        for name in ("rows", "ok", "tokens", "computed_tokens", "duplicates", "cut_rows", "cut_tokens"):
+            setattr(total, name, getattr(total, name) + getattr(report, name))
+        for name in ("control_token_rows", "seconds", "engine_seconds", "reward_sum", "reward_square_sum"):
+            setattr(total, name, getattr(total, name) + getattr(report, name))
+        _add(total.by_status, report.by_status)
+        _add(total.reward_bins, report.reward_bins)
+        _add(total.length_bins, report.length_bins)
+        _add(total.spread.bins, report.spread.bins)
+        total.spread.groups += report.spread.groups
+        total.spread.zero_groups += report.spread.zero_groups
+        total.finished += report.finished
+        lowest = [value for value in (total.lowest_reward, report.lowest_reward) if value is not None]
+        highest = [value for value in (total.highest_reward, report.highest_reward) if value is not None]
+        total.lowest_reward = min(lowest, default=None)
+        total.highest_reward = max(highest, default=None)
+    total.finished.sort()
+    return total
+
+
+def length_bin(tokens: int) -> int:
+    """The bin of `UnitReport.length_bins` that `tokens` (at least 1) falls into."""
+    return math.floor(math.log2(tokens) * LENGTH_BINS_PER_OCTAVE)
+
+
+def _add(mine: dict[Key, int], theirs: Mapping[Key, int]) -> None:
+    for key, count in theirs.items():
+        mine[key] = mine.get(key, 0) + count
+
+
+def _spread(triples: Sequence[Triple | TripleError], scored: Sequence[Scored]) -> Spread:
+    spread = Spread()
+    rows = [
+        ((repr(triple.prompt), repr(triple.reference)), row.reward)
+        for triple, row in zip(triples, scored, strict=True)
+        if isinstance(triple, Triple) and row.reward is not None
+    ]
+    for _, members in groupby(rows, key=lambda row: row[0]):
+        rewards = [reward for _, reward in members]
+        if len(rewards) < 2:
+            continue
+        width = max(rewards) - min(rewards)
+        spread.groups += 1
+        spread.zero_groups += width == 0
+        step = math.floor(width / REWARD_BIN)
+        spread.bins[step] = spread.bins.get(step, 0) + 1
+    return spread

@@ -1,0 +1,195 @@
+"""The one place that knows what every actor of a job is doing: progress, and which rows kill their process.
+
+A plain class; the job runs it as a Ray actor. An actor says what it is about to score before it does, so that when a
+process dies the rows it died on are known, and a row that kills again and again is found by narrowing down instead
+of being retried for ever.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
+
+from polar_ray.errors import PolarRayError
+
+NARROWING = 8
+"""Parts into which rows are split after a process died on them. Each death costs loading the model once: with 8, a
+row among 4096 is found by the sixth death or so; halving would take fourteen."""
+
+DEATHS_BEFORE_NARROWING = 2
+"""One death is most often the node's; only rows that were there at two are looked into."""
+
+FAILED_STARTS_BEFORE_GIVING_UP = 3
+ENGINE_FAILURES_BEFORE_GIVING_UP = 3
+
+
+class Rows(NamedTuple):
+    """Rows `start` to `stop` of a unit, counted from the unit's first."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """How an actor is to go through a unit: these ranges in order, leaving out the quarantined rows."""
+
+    ranges: tuple[Rows, ...]
+    quarantined: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Stuck:
+    """A unit that somebody is working on, and for how long."""
+
+    unit: int
+    rows: Rows
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A job at one moment. Counts are of this run only; units that were done before are not in them."""
+
+    actors: int
+    rows: int
+    tokens: int
+    computed_tokens: int
+    quarantined: int
+    deaths: int
+    seconds_since_progress: float
+    in_flight: tuple[Stuck, ...]
+    error: PolarRayError | None
+
+
+@dataclass
+class _UnitState:
+    ranges: list[Rows]
+    in_flight: Rows | None = None
+    since: float = 0.0
+    deaths: dict[Rows, int] = field(default_factory=dict)
+    quarantined: set[int] = field(default_factory=set)
+    engine_failures: int = 0
+    rows: int = 0
+    tokens: int = 0
+    computed_tokens: int = 0
+
+
+class JobTracker:
+    """State of one run of a job. Lives as long as its driver; what must outlive it is in the files."""
+
+    def __init__(self, most_actors: int = 1) -> None:
+        self._most_actors = most_actors
+        self._units: dict[int, _UnitState] = {}
+        self._done = [0, 0, 0]
+        self._starting = 0
+        self._actors = 0
+        self._deaths = 0
+        self._quarantined = 0
+        self._checked_nodes: set[str] = set()
+        self._last_progress = time.monotonic()
+        self._error: PolarRayError | None = None
+        self._stopping = False
+
+    def starting(self) -> bool:
+        """An actor begins to load its engine. False: too many processes died doing so, do not try."""
+        self._starting += 1
+        return self._starting <= FAILED_STARTS_BEFORE_GIVING_UP * self._most_actors
+
+    def started(self) -> None:
+        """An actor's engine is up."""
+        self._actors += 1
+        self._starting = 0
+        self._last_progress = time.monotonic()
+
+    def claim_check(self, node: str) -> bool:
+        """Whether the caller is the first on its node, and so the one to check the node's weights."""
+        is_first = node not in self._checked_nodes
+        self._checked_nodes.add(node)
+        return is_first
+
+    def begin(self, unit: int, rows: int) -> Assignment:
+        """Somebody takes a unit. If it was in flight already, the process that had it is dead."""
+        state = self._units.setdefault(unit, _UnitState([Rows(0, rows)]))
+        if state.in_flight is not None:
+            self._note_death(state, state.in_flight)
+        state.in_flight = None
+        state.rows = state.tokens = state.computed_tokens = 0
+        return Assignment(tuple(state.ranges), frozenset(state.quarantined))
+
+    def mark(self, unit: int, rows: Rows) -> None:
+        """These rows are about to go into the engine."""
+        state = self._units[unit]
+        state.in_flight, state.since = rows, time.monotonic()
+
+    def progress(self, unit: int, rows: int, tokens: int, computed_tokens: int) -> bool:
+        """Work done on a unit since the last call. True: stop, the job is over."""
+        state = self._units.get(unit)
+        if state is not None:
+            state.rows += rows
+            state.tokens += tokens
+            state.computed_tokens += computed_tokens
+        self._last_progress = time.monotonic()
+        return self._stopping
+
+    def finish(self, unit: int, rows: int, tokens: int, computed_tokens: int) -> None:
+        """A unit's file is written."""
+        self._units.pop(unit, None)
+        self._done = [a + b for a, b in zip(self._done, (rows, tokens, computed_tokens), strict=True)]
+        self._last_progress = time.monotonic()
+
+    def engine_failed(self, unit: int) -> bool:
+        """An engine fails on most of a unit. True: a fresh process may try it again."""
+        state = self._units[unit]
+        state.in_flight = None  # the process goes on purpose: that is no death of its rows
+        state.engine_failures += 1
+        return state.engine_failures < ENGINE_FAILURES_BEFORE_GIVING_UP
+
+    def fail(self, error: PolarRayError) -> None:
+        """An actor cannot go on. The first such error is the job's."""
+        self._error = self._error or error
+
+    def stop(self) -> None:
+        """Tell every actor, at its next progress, to stop."""
+        self._stopping = True
+
+    def snapshot(self) -> Snapshot:
+        now = time.monotonic()
+        open_units = self._units.values()
+        return Snapshot(
+            actors=self._actors,
+            rows=self._done[0] + sum(state.rows for state in open_units),
+            tokens=self._done[1] + sum(state.tokens for state in open_units),
+            computed_tokens=self._done[2] + sum(state.computed_tokens for state in open_units),
+            quarantined=self._quarantined,
+            deaths=self._deaths,
+            seconds_since_progress=now - self._last_progress,
+            in_flight=tuple(
+                Stuck(unit, state.in_flight, now - state.since)
+                for unit, state in self._units.items()
+                if state.in_flight is not None
+            ),
+            error=self._error,
+        )
+
+    def _note_death(self, state: _UnitState, rows: Rows) -> None:
+        self._deaths += 1
+        deaths = state.deaths[rows] = state.deaths.get(rows, 0) + 1
+        is_suspect = deaths >= DEATHS_BEFORE_NARROWING or len(state.ranges) > 1
+        if rows.stop - rows.start == 1:
+            if deaths >= DEATHS_BEFORE_NARROWING:
+                state.quarantined.add(rows.start)
+                state.ranges.remove(rows)
+                self._quarantined += 1
+        elif is_suspect:
+            place = state.ranges.index(rows)
+            state.ranges[place : place + 1] = _split(rows)
+
+
+def _split(rows: Rows) -> list[Rows]:
+    """`rows` in up to `NARROWING` parts of nearly equal size."""
+    parts = min(NARROWING, rows.stop - rows.start)
+    edges = [rows.start + (rows.stop - rows.start) * part // parts for part in range(parts + 1)]
+    return [Rows(start, stop) for start, stop in pairwise(edges)]

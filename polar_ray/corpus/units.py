@@ -1,0 +1,147 @@
+"""Reading one unit's rows and writing its file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from polar_ray.config import ColumnsConfig
+from polar_ray.corpus import jsonl
+from polar_ray.corpus.columns import DETECTION_ROWS, detect_message_json, parse_rows, read_triples, reward_columns
+from polar_ray.corpus.inputs import Contents, InputFile, Slice, examine, list_inputs
+from polar_ray.corpus.manifest import Manifest
+from polar_ray.corpus.storage import Location
+from polar_ray.corpus.summary import UnitReport
+from polar_ray.errors import InputError, TripleError
+from polar_ray.triples import Scored, Triple
+
+RECEIPT_KEY = b"polar_ray.receipt"
+RECEIPT_ID_KEY = b"polar_ray.receipt_id"
+REPORT_KEY = b"polar_ray.report"
+"""Schema metadata of every output file."""
+
+READ_ROWS = 8192
+"""Rows decoded at a time where a unit is a part of a large row group."""
+
+
+def read_unit(manifest: Manifest, index: int) -> tuple[pa.Table, list[Triple | TripleError]]:
+    """A unit's rows: the table to pass through, and a triple or an error for each row.
+
+    Raises `InputError` if the file is gone or no longer what it was when the manifest was made.
+    """
+    unit = manifest.units[index]
+    file = manifest.files[unit.file]
+    try:
+        table, triples = _read_slice(
+            file.url, file.schema_of_rows, unit.slice, manifest.columns, frozenset(manifest.message_json)
+        )
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{manifest.describe(index)}: cannot be read ({error})") from None
+    if table.num_rows != unit.rows:
+        raise InputError(
+            f"{manifest.describe(index)}: {table.num_rows} rows instead of {unit.rows}; the file changed under the job"
+        )
+    return table, triples
+
+
+def read_sample(files: Sequence[InputFile], contents: Sequence[Contents], columns: ColumnsConfig) -> pa.Table:
+    """The first rows of the input, fields of a triple only."""
+    file, found = next((file, found) for file, found in zip(files, contents, strict=True) if found.slices)
+    names = list(columns.fields.values())
+    location, first = Location(file.url), found.slices[0]
+    if found.schema is not None:
+        table, _ = jsonl.read_block(location, first.offset, first.end, found.schema)
+        return table.select(names).slice(0, DETECTION_ROWS)
+    with location.filesystem.open_input_file(location.path) as stream:
+        parquet = pq.ParquetFile(stream)
+        return pa.Table.from_batches([next(parquet.iter_batches(DETECTION_ROWS, columns=names))])
+
+
+def read_row(given: str, row: int, columns: ColumnsConfig) -> Triple | TripleError:
+    """One row of one input file, as a job would read it. Raises `InputError` if there is no such row."""
+    (file,) = list_inputs([given])
+    (contents,) = examine([file], columns, unit_rows=1, will_write=False)
+    if row >= len(contents.slices):
+        raise InputError(f"{given}: has rows 0 to {len(contents.slices) - 1}; there is no row {row}")
+    fields = detect_message_json(read_sample([file], [contents], columns), columns)
+    _, triples = _read_slice(file.url, contents.schema, contents.slices[row], columns, fields)
+    return triples[0]
+
+
+def write_unit(
+    output: Location, manifest: Manifest, index: int, table: pa.Table, scored: list[Scored], report: UnitReport
+) -> None:
+    """Commit a unit: its input columns untouched, the reward columns, and the receipt, in one atomic step."""
+    for name, column in reward_columns(scored, manifest.columns):
+        table = table.append_column(name, column)
+    metadata = {
+        **(table.schema.metadata or {}),
+        RECEIPT_KEY: manifest.receipt.model_dump_json().encode(),
+        RECEIPT_ID_KEY: manifest.receipt.receipt_id.encode(),
+        REPORT_KEY: report.model_dump_json().encode(),
+    }
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
+    output.join(*manifest.part(index).split("/")).write_atomically(sink.getvalue())
+
+
+def read_report(output: Location, manifest: Manifest, index: int) -> UnitReport | None:
+    """The report in a unit's file; None while there is no such file."""
+    place = output.join(*manifest.part(index).split("/"))
+    if not place.exists():
+        return None
+    with place.filesystem.open_input_file(place.path) as stream:
+        metadata = pq.read_schema(stream).metadata or {}
+    return UnitReport.model_validate_json(metadata[REPORT_KEY])
+
+
+def _read_slice(
+    url: str, schema: pa.Schema | None, part: Slice, columns: ColumnsConfig, message_json: frozenset[str]
+) -> tuple[pa.Table, list[Triple | TripleError]]:
+    """The rows of a slice, of a JSONL file if it has a `schema`, of a Parquet file otherwise."""
+    location = Location(url)
+    if schema is None:
+        table = _read_parquet(location, part)
+        return table, read_triples(table, columns, message_json)
+    table, rows = jsonl.read_block(location, part.offset, part.end, schema)
+    return table, parse_rows([_fields_of(row, columns) for row in rows], message_json)
+
+
+def _read_parquet(location: Location, part: Slice) -> pa.Table:
+    with location.filesystem.open_input_file(location.path) as stream:
+        parquet = pq.ParquetFile(stream)
+        groups, first_row = _groups_of(parquet, part)
+        if sum(parquet.metadata.row_group(group).num_rows for group in groups) <= 2 * part.rows:
+            return parquet.read_row_groups(groups).slice(part.start - first_row, part.rows)
+        batches, row = [], first_row
+        for batch in parquet.iter_batches(READ_ROWS, row_groups=groups):
+            start, stop = max(part.start - row, 0), min(part.stop - row, batch.num_rows)
+            if stop > start:
+                batches.append(batch.slice(start, stop - start))
+            row += batch.num_rows
+            if row >= part.stop:
+                break
+        return pa.Table.from_batches(batches, parquet.schema_arrow)
+
+
+def _groups_of(parquet: pq.ParquetFile, part: Slice) -> tuple[list[int], int]:
+    """The row groups that hold the slice's rows, and the first row of the first of them."""
+    groups: list[int] = []
+    first_row = row = 0
+    for group in range(parquet.metadata.num_row_groups):
+        stop = row + parquet.metadata.row_group(group).num_rows
+        if stop > part.start and row < part.stop:
+            first_row = first_row if groups else row
+            groups.append(group)
+        row = stop
+    return groups, first_row
+
+
+def _fields_of(row: jsonl.Row, columns: ColumnsConfig) -> jsonl.Row:
+    """A JSONL object's fields of a triple, under the names triples have."""
+    if isinstance(row, TripleError):
+        return row
+    named = {**columns.fields, "wrapper": columns.wrapper}
+    return {field: row.get(column) for field, column in named.items()}

@@ -1,0 +1,207 @@
+"""From a triple to the exact ids POLAR reads.
+
+    ids = [bos] + SP(P + sep + R) + [separator] + SP(P + sep + O) + [score]        sep = "\\n", or "" for "pretrain"
+
+P, R and O are upstream's texts, quirks included, because rewards move when a newline does
+(xtuner 0.2.0, `xtuner/utils/rm_utils.py`). Two things differ on purpose. Upstream sends text, so a nested spelling
+such as `<|rew<|reward|>ard|>` survives its one-pass filter and becomes a second separator on the server; ours are ids,
+and every control id that a segment yields is removed and counted. And where upstream's prompt budget falls to zero
+its slice keeps the whole prompt; here that row is `TripleTooLong`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from polar_ray.config import LimitsConfig
+from polar_ray.encoding.tokenizer import PolarTokenizer
+from polar_ray.errors import EmptyText, TripleError, TripleTooLong
+from polar_ray.planning import Ids
+from polar_ray.triples import Triple, join_text
+
+ENCODING_VERSION = 1
+"""Part of every receipt; raised whenever some triple encodes to other ids than before."""
+
+FRAME_TOKENS = 4
+"""What upstream sets aside before it shares out `max_tokens`: final token, separator and two newlines."""
+
+CLEAN_UP = (
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+)
+"""Replacements in this order, everywhere: InternLM2's slow tokenizer calls transformers' clean-up whenever it decodes,
+and upstream decodes every text once, in training as well."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedTriple:
+    """One sequence, ready for a model, with an account of what was changed on the way.
+
+    `ids[:shareable]` does not depend on the output: bos, prompt and reference, separator, and the pieces of the
+    prompt's repetition. `cut_tokens` are those that limits removed, per field, counted as upstream counts.
+    """
+
+    ids: Ids
+    shareable: int
+    prompt_cut_tokens: int = 0
+    reference_cut_tokens: int = 0
+    output_cut_tokens: int = 0
+    removed_control_tokens: int = 0
+
+    @property
+    def cut_tokens(self) -> int:
+        return self.prompt_cut_tokens + self.reference_cut_tokens + self.output_cut_tokens
+
+
+@dataclass(slots=True)
+class _Draft:
+    """The texts of one triple after upstream's sanitising and cutting."""
+
+    prompt: str
+    reference: str
+    output: str
+    separator: str
+    cut: tuple[int, int, int]
+    removed: int
+
+    @property
+    def first(self) -> str:
+        return f"{self.prompt}{self.separator}{self.reference}"
+
+    @property
+    def second(self) -> str:
+        return f"{self.prompt}{self.separator}{self.output}"
+
+
+class Encoder:
+    """Encodes triples for one checkpoint under one set of limits."""
+
+    def __init__(self, tokenizer: PolarTokenizer, limits: LimitsConfig) -> None:
+        self.tokenizer = tokenizer
+        self.limits = limits
+
+    def encode(self, triple: Triple) -> EncodedTriple:
+        """The ids of one triple. Raises a `TripleError` that says which field cannot be encoded and why."""
+        encoded = self.encode_many([triple])[0]
+        if isinstance(encoded, TripleError):
+            raise encoded
+        return encoded
+
+    def encode_many(self, triples: Sequence[Triple]) -> list[EncodedTriple | TripleError]:
+        """Each triple's ids, or the error that stands in their place; in order, neighbours unaffected.
+
+        The final length can pass `max_tokens` by a few tokens, because cut texts are tokenised again; so it does
+        upstream.
+        """
+        drafts = [self._try_draft(triple) for triple in triples]
+        texts = dict.fromkeys(
+            text for draft in drafts if isinstance(draft, _Draft) for text in (draft.first, draft.second, draft.prompt)
+        )
+        segments = {
+            text: np.array(ids, dtype=np.int32)
+            for text, ids in zip(texts, self.tokenizer.encode(list(texts)), strict=True)
+        }
+        return [self._assemble(draft, segments) if isinstance(draft, _Draft) else draft for draft in drafts]
+
+    def _try_draft(self, triple: Triple) -> _Draft | TripleError:
+        try:
+            return self._draft(triple)
+        except TripleError as error:
+            return error
+
+    def _draft(self, triple: Triple) -> _Draft:
+        texts = [
+            join_text(triple.prompt, "prompt"),
+            join_text(triple.reference, "reference"),
+            join_text(triple.output, "output"),
+        ]
+        removed = sum(len(self.tokenizer.special_pattern.findall(text)) for text in texts)
+        if self._surely_fit(texts):
+            prompt, reference, output = (self.sanitise(text) for text in texts)
+            cut = (0, 0, 0)
+        else:
+            (prompt, reference, output), cut = self._cut(*texts)
+        if self.limits.on_empty == "error":
+            for name, text in (("prompt", prompt), ("reference", reference), ("output", output)):
+                if not text:
+                    raise EmptyText(f"{name}: no text; fill it in, or set limits.on_empty = score", field=name)
+        return _Draft(prompt, reference, output, "" if triple.wrapper == "pretrain" else "\n", cut, removed)
+
+    def sanitise(self, text: str) -> str:
+        """What upstream's encode-decode round trip makes of an uncut text: literals deleted, spaces cleaned up."""
+        return _clean_up(self.tokenizer.special_pattern.sub("", text).replace("\u2581", " "))
+
+    def _surely_fit(self, texts: list[str]) -> bool:
+        """Whether no limit can be reached, by a bound that needs no tokeniser: a token covers at least one byte."""
+        prompt, reference, output = (len(text.encode()) + 1 for text in texts)
+        longest_response = max(reference, output)
+        return longest_response <= self.limits.max_response_tokens and prompt <= self._prompt_budget(reference, output)
+
+    def _prompt_budget(self, reference_tokens: int, output_tokens: int) -> int:
+        return (self.limits.max_tokens - FRAME_TOKENS - reference_tokens - output_tokens) // 2
+
+    def _cut(self, prompt: str, reference: str, output: str) -> tuple[list[str], tuple[int, int, int]]:
+        """The three texts within the limits, and the tokens each lost."""
+        ids = [self.tokenizer.encode_special(text) for text in (prompt, reference, output)]
+        most = self.limits.max_response_tokens
+        kept_reference, kept_output = (
+            response[:most] if self.limits.cut_side == "right" else response[-most:] for response in ids[1:]
+        )
+        budget = self._prompt_budget(len(kept_reference), len(kept_output))
+        if budget < 1:
+            raise TripleTooLong(
+                f"reference and output take {len(kept_reference) + len(kept_output)} of max_tokens = "
+                f"{self.limits.max_tokens} and leave the prompt nothing; raise limits.max_tokens or lower "
+                "limits.max_response_tokens",
+                field="prompt",
+            )
+        kept = [ids[0][-budget:], kept_reference, kept_output]
+        cut = (len(ids[0]) - len(kept[0]), len(ids[1]) - len(kept[1]), len(ids[2]) - len(kept[2]))
+        if sum(cut) and self.limits.on_too_long == "error":
+            name, tokens = next(pair for pair in zip(("prompt", "reference", "output"), cut, strict=True) if pair[1])
+            raise TripleTooLong(
+                f"{name}: {tokens} tokens too long; shorten it, raise limits.max_tokens or limits.max_response_tokens, "
+                "or set limits.on_too_long = cut",
+                field=name,
+            )
+        special = self.tokenizer.special_ids
+        texts = [_clean_up(self.tokenizer.decode([id for id in part if id not in special])) for part in kept]
+        return texts, cut
+
+    def _assemble(self, draft: _Draft, segments: dict[str, Ids]) -> EncodedTriple:
+        tokenizer = self.tokenizer
+        first, second = segments[draft.first], segments[draft.second]
+        removed = draft.removed
+        for_first, for_second = tokenizer.is_control[first], tokenizer.is_control[second]
+        if for_first.any() or for_second.any():
+            removed += int(for_first.sum() + for_second.sum())
+            first, second = first[~for_first], second[~for_second]
+        frame = [
+            np.array([id], dtype=np.int32) for id in (tokenizer.bos_id, tokenizer.separator_id, tokenizer.score_id)
+        ]
+        ids = np.concatenate([frame[0], first, frame[1], second, frame[2]])
+        shareable = 2 + len(first) + _common_length(second, segments[draft.prompt])
+        return EncodedTriple(ids, shareable, *draft.cut, removed_control_tokens=removed)
+
+
+def _clean_up(text: str) -> str:
+    for spaced, closed in CLEAN_UP:
+        text = text.replace(spaced, closed)
+    return text
+
+
+def _common_length(a: Ids, b: Ids) -> int:
+    length = min(len(a), len(b))
+    differs = np.flatnonzero(a[:length] != b[:length])
+    return int(differs[0]) if len(differs) else length

@@ -1,0 +1,122 @@
+"""The engine that runs in this process on torch alone: exact shared prefixes, no padding, CPU or CUDA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from polar_ray.config import RopeBase
+from polar_ray.engines.torch.decoder import Decoder
+from polar_ray.engines.torch.layout import pack
+from polar_ray.errors import EngineError, EngineStartError
+from polar_ray.model.checkpoint import Checkpoint
+from polar_ray.planning import Batch, Rewards
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class TorchEngine:
+    """Keeps the promises of `Engine`. Not thread-safe."""
+
+    def __init__(self, decoder: Decoder, *, device: torch.device, vocab_size: int, token_budget: int) -> None:
+        self._decoder: Decoder | None = decoder
+        self._device = device
+        self._vocab_size = vocab_size
+        self._token_budget = token_budget
+        self._max_shared_length = decoder.max_shared_length
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        token_budget: int = 4096,
+        rope_base: RopeBase = "hf",
+        threads: int | None = None,
+    ) -> TorchEngine:
+        """The checkpoint in `folder`, packed for `device` (`cpu`, `cuda`, `cuda:1`).
+
+        `threads` sets torch's threads for the whole process; None leaves them. Raises `CheckpointError` for the
+        folder and `EngineStartError` for the machine.
+        """
+        if dtype not in DTYPES:
+            raise EngineStartError(f"engine.dtype = {dtype!r}: expected one of {', '.join(DTYPES)}")
+        place = _device(device)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        # A process-wide setting, which someone may have lowered: float32 then means TF32 or bfloat16.
+        torch.set_float32_matmul_precision("highest")
+        checkpoint = Checkpoint.open(folder)
+        try:
+            with torch.inference_mode():
+                decoder = Decoder(checkpoint, DTYPES[dtype], place, rope_base)
+        except (MemoryError, RuntimeError) as error:
+            raise EngineStartError(
+                f"{folder} does not load as {dtype} on {device}: {_first_line(error)}. If memory is what lacks, take "
+                "a narrower engine.dtype, a device with more memory or fewer engines on it"
+            ) from error
+        return cls(decoder, device=place, vocab_size=checkpoint.config.vocab_size, token_budget=token_budget)
+
+    @property
+    def token_budget(self) -> int:
+        return self._token_budget
+
+    @property
+    def max_shared_length(self) -> int | None:
+        return self._max_shared_length
+
+    @torch.inference_mode()
+    def score(self, batch: Batch) -> Rewards:
+        if self._decoder is None:
+            raise EngineError("the engine is closed; load it again")
+        if not len(batch):
+            return np.empty(0, dtype=np.float32)
+        try:
+            packed = pack(batch, self._max_shared_length)
+            self._check_ids(packed.ids_T.numpy())
+            rewards: Rewards = self._decoder.rewards(packed.to(self._device)).cpu().numpy()
+        except (MemoryError, RuntimeError) as error:
+            raise EngineError(
+                f"a batch of {len(batch)} sequences, {batch.computed_tokens} tokens, failed: {_first_line(error)}. "
+                "If memory is what lacks, lower engine.token_budget",
+                sequences=len(batch),
+                computed_tokens=batch.computed_tokens,
+            ) from error
+        return rewards
+
+    def close(self) -> None:
+        self._decoder = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _check_ids(self, ids: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> None:
+        outside = ids[(ids < 0) | (ids >= self._vocab_size)]
+        if len(outside):
+            raise EngineError(
+                f"token id {outside[0]}: outside this model's vocabulary of {self._vocab_size}; the tokenizer belongs "
+                "to another checkpoint",
+                token_id=int(outside[0]),
+            )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise EngineStartError(f"engine.device = {name!r}: expected cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise EngineStartError(f"engine.device = {name!r}: expected cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise EngineStartError(
+            f"engine.device = {name!r}: torch {torch.__version__} sees no CUDA device here; set engine.device = 'cpu', "
+            "or install a CUDA build of torch and check nvidia-smi"
+        )
+    return device
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

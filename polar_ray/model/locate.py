@@ -1,0 +1,45 @@
+"""Where a model's files are: the embedded checkpoint, a folder, or a snapshot of a hub repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from polar_ray.config import EMBEDDED_MODEL
+from polar_ray.errors import CheckpointError
+
+EMBEDDED_FOLDER = Path(__file__).parent.parent / "checkpoints" / "polar-tiny"
+
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer.model", "tokenizer_config.json"]
+"""All that is ever read of a hub repository: no code, no pickles."""
+
+
+def locate_model(model: str, revision: str | None = None) -> Path:
+    """The folder of `model`, downloaded to the hub's cache if it is a repository name and not there yet.
+
+    Raises `CheckpointError` that says what was tried.
+    """
+    if model == EMBEDDED_MODEL:
+        return EMBEDDED_FOLDER
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or model.count("/") != 1 or model.startswith("."):
+        raise CheckpointError(
+            f"{model}: no such folder; give a checkpoint's folder or a hub name such as internlm/POLAR-7B"
+        )
+    return _download(model, revision)
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES))
+    except RepositoryNotFoundError:
+        raise CheckpointError(f"{model}: neither a folder here nor a repository on the hub") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{model}: no such folder here, and it could not be downloaded ({type(error).__name__}); "
+            "check the name and the network, or give a local folder"
+        ) from None

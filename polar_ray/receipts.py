@@ -1,0 +1,74 @@
+"""What produced a reward: everything that determines the number, and one id for all of it."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from polar_ray.config import CutSide, EngineConfig, LimitsConfig, RopeBase, Settings
+from polar_ray.encoding.encode import ENCODING_VERSION
+from polar_ray.encoding.tokenizer import PolarTokenizer
+from polar_ray.engines.build import weights_digest
+
+
+class Receipt(Settings):
+    """Two rewards with equal `receipt_id` were made by the same weights, ids and arithmetic, and may be compared."""
+
+    weights_digest: str
+    """sha256 over the tensors, whatever their files are called; empty for an engine without weights."""
+
+    tokenizer_digest: str
+    encoding_version: int
+    max_tokens: int
+    max_response_tokens: int
+    cut_side: CutSide
+    on_too_long: Literal["cut", "error"]
+    on_empty: Literal["error", "score"]
+    rope_base: RopeBase
+    dtype: str
+    device: str
+    engine: str
+    engine_version: str
+    activation: Literal["none"] = Field("none")
+    """Rewards are the value head's raw scalar."""
+
+    @property
+    def receipt_id(self) -> str:
+        """sha256 of the fields above, hexadecimal."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    def differences(self, other: Receipt) -> dict[str, tuple[object, object]]:
+        """Field to (ours, theirs) where the two disagree."""
+        ours, theirs = self.model_dump(), other.model_dump()
+        return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
+
+
+def build_receipt(folder: Path, tokenizer: PolarTokenizer, engine: EngineConfig, limits: LimitsConfig) -> Receipt:
+    """The receipt of what `engine`, its `auto` values already resolved, makes of the checkpoint in `folder`.
+
+    Reads all weights once to hash them. Raises `CheckpointError` for weights that are incomplete.
+    """
+    return Receipt(
+        weights_digest=weights_digest(engine, folder),
+        tokenizer_digest=tokenizer.digest,
+        encoding_version=ENCODING_VERSION,
+        max_tokens=limits.max_tokens,
+        max_response_tokens=limits.max_response_tokens,
+        cut_side=limits.cut_side,
+        on_too_long=limits.on_too_long,
+        on_empty=limits.on_empty,
+        rope_base=engine.rope_base,
+        dtype=engine.dtype,
+        device=engine.device,
+        engine=engine.kind,
+        engine_version=_engine_version(engine),
+    )
+
+
+def _engine_version(engine: EngineConfig) -> str:
+    ours = f"polar_ray {version('polar_ray')}"
+    return f"{ours}, torch {version('torch')}" if engine.kind == "torch" else ours

@@ -1,0 +1,180 @@
+"""`Scorer`: triples in, rewards out. The one road from a triple to a number, in notebooks, jobs and servers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from polar_ray.config import EngineConfig, LimitsConfig, ScoreConfig
+from polar_ray.encoding.encode import EncodedTriple, Encoder
+from polar_ray.encoding.tokenizer import PolarTokenizer
+from polar_ray.engines.base import Engine
+from polar_ray.engines.build import build_engine, resolve_engine
+from polar_ray.errors import EngineError, EngineProtocolError, NonFiniteReward, TripleError
+from polar_ray.model.locate import locate_model
+from polar_ray.planning import Batch, plan
+from polar_ray.triples import STATUS_OK, Scored, Triple
+
+
+@dataclass(slots=True)
+class Usage:
+    """Work done so far. `tokens` is what the rows hold, `computed_tokens` what went through the model."""
+
+    rows: int = 0
+    tokens: int = 0
+    computed_tokens: int = 0
+    duplicates: int = 0
+    engine_seconds: float = 0.0
+
+    def __sub__(self, earlier: Usage) -> Usage:
+        return Usage(*(getattr(self, field.name) - getattr(earlier, field.name) for field in fields(self)))
+
+    def copy(self) -> Usage:
+        return Usage(*(getattr(self, field.name) for field in fields(self)))
+
+
+class Scorer:
+    """Scores triples with one engine under one set of limits.
+
+        with Scorer.open("internlm/POLAR-7B") as scorer:
+            rewards = [row.reward for row in scorer.score(triples)]
+
+    Not thread-safe; one per engine.
+    """
+
+    def __init__(self, encoder: Encoder, engine: Engine, *, share_prefixes: bool = True) -> None:
+        self._encoder = encoder
+        self._engine = engine
+        self._share_prefixes = share_prefixes
+        self.usage = Usage()
+
+    @classmethod
+    def open(
+        cls,
+        model: str = ScoreConfig().model,
+        *,
+        revision: str | None = None,
+        engine: EngineConfig | None = None,
+        limits: LimitsConfig | None = None,
+    ) -> Self:
+        """A scorer on this machine's GPU, or on its CPU if there is none; `model` as in `ScoreConfig.model`.
+
+        Raises `CheckpointError`, `ConfigError` or `EngineStartError` before anything is scored.
+        """
+        folder, engine = locate_model(model, revision), engine or EngineConfig()
+        resolved = resolve_engine(engine, folder, has_gpu=engine.device == "auto" and _has_gpu())
+        encoder = Encoder(PolarTokenizer(folder), limits or LimitsConfig())
+        return cls(encoder, build_engine(resolved, folder), share_prefixes=resolved.share_prefixes)
+
+    def score(
+        self, triples: Sequence[Triple | TripleError], on_batch: Callable[[], None] | None = None
+    ) -> list[Scored]:
+        """One `Scored` per triple, in order. A row that fails says so on itself and leaves the others alone.
+
+        An error in place of a triple, left by whoever could not parse it, becomes that row's status. Identical
+        triples are computed once. `on_batch` is called after every engine call, when `usage` has moved.
+        """
+        encoded = self._encode(triples)
+        places = [place for place, row in enumerate(encoded) if isinstance(row, EncodedTriple)]
+        outcomes = self._compute([row for row in encoded if isinstance(row, EncodedTriple)], on_batch)
+        by_place = dict(zip(places, outcomes, strict=True))
+        return [
+            _scored(triple, row, by_place.get(place))
+            for place, (triple, row) in enumerate(zip(triples, encoded, strict=True))
+        ]
+
+    def close(self) -> None:
+        """Release the engine. May be called twice."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _encode(self, triples: Sequence[Triple | TripleError]) -> list[EncodedTriple | TripleError]:
+        encoded = iter(self._encoder.encode_many([row for row in triples if isinstance(row, Triple)]))
+        return [next(encoded) if isinstance(row, Triple) else row for row in triples]
+
+    def _compute(self, encoded: list[EncodedTriple], on_batch: Callable[[], None] | None) -> list[float | EngineError]:
+        """A reward or an error for each encoded triple, in order."""
+        planned = plan(
+            [row.ids for row in encoded],
+            token_budget=self._engine.token_budget,
+            share_prefixes=self._share_prefixes,
+            max_shared_length=self._engine.max_shared_length,
+        )
+        copies = np.bincount(planned.first_of, minlength=len(encoded))
+        outcomes: dict[int, float | EngineError] = {}
+        for batch in planned.batches:
+            outcomes.update(self._run(batch))
+            rows = int(copies[batch.rows].sum())
+            self.usage.rows += rows
+            self.usage.duplicates += rows - len(batch)
+            self.usage.tokens += sum(int(copies[row]) * len(encoded[row].ids) for row in batch.rows)
+            if on_batch is not None:
+                on_batch()
+        return [outcomes[first] for first in planned.first_of.tolist()]
+
+    def _run(self, batch: Batch) -> Iterator[tuple[int, float | EngineError]]:
+        """(row, outcome) of a batch; a failing batch is halved until the sequence at fault stands alone."""
+        try:
+            rewards = self._call(batch)
+        except EngineError as error:
+            if len(batch) == 1:
+                yield int(batch.rows[0]), error
+                return
+            for half in batch.halves():
+                yield from self._run(half)
+            return
+        finite = np.isfinite(rewards)
+        yield from zip(batch.rows[finite].tolist(), rewards[finite].tolist(), strict=True)
+        suspects = set(batch.rows[~finite].tolist())
+        if suspects and batch.is_single:
+            message = f"the engine computed {rewards[0]} for this row, alone and unshared as well"
+            yield int(batch.rows[0]), NonFiniteReward(message)
+        elif suspects:
+            for single in batch.singles():  # neighbours and shared prefix could be the cause as well as the row
+                if int(single.rows[0]) in suspects:
+                    yield from self._run(single)
+
+    def _call(self, batch: Batch) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+        started = time.perf_counter()
+        rewards = self._engine.score(batch)
+        self.usage.engine_seconds += time.perf_counter() - started
+        self.usage.computed_tokens += batch.computed_tokens
+        if rewards.shape != (len(batch),):
+            raise EngineProtocolError(f"expected {len(batch)} rewards, one per sequence, found shape {rewards.shape}")
+        return rewards
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _scored(
+    triple: Triple | TripleError, encoded: EncodedTriple | TripleError, outcome: float | EngineError | None
+) -> Scored:
+    given_id = triple.id if isinstance(triple, Triple) else None
+    if isinstance(encoded, TripleError):
+        return Scored(None, encoded.code, str(encoded), id=given_id)
+    error = outcome if isinstance(outcome, EngineError) else None
+    return Scored(
+        reward=None if isinstance(outcome, EngineError) else outcome,
+        status=error.code if error else STATUS_OK,
+        detail=str(error) if error else None,
+        tokens=len(encoded.ids),
+        cut_tokens=encoded.cut_tokens,
+        removed_control_tokens=encoded.removed_control_tokens,
+        id=given_id,
+    )
