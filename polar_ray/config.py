@@ -36,10 +36,10 @@ class Settings(BaseModel):
 class LimitsConfig(Settings):
     """How long a triple may be, and what happens to one that is longer or empty."""
 
-    max_tokens: int = Field(16384, ge=16)
+    max_tokens: int = Field(16384, ge=8)
     """Longest encoded triple. The prompt, which appears twice, gets half of what reference and output leave."""
 
-    max_response_tokens: int = Field(4096, ge=2)
+    max_response_tokens: int = Field(4096, ge=1)
     """Longest reference and longest output, each; counted with the beginning-of-sequence token, as upstream does."""
 
     cut_side: CutSide = "right"

@@ -103,9 +103,10 @@ def score_parquet(
         job = _prepare(place, manifest, files, resolved, receipt, progress)
         todo = _unfinished(job)
         actors = 0
-        if todo:
+        if todo and manifest is not None:
             with progress.stage("starting Ray"):
                 cluster.enter_context(ray_cluster())
+        if todo:
             actors = run_units(job, todo, progress, build_scorer or open_scorer)
     return _conclude(job, names, started, todo, actors, progress)
 

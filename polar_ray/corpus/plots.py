@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 
 import numpy as np
 from markupsafe import Markup
-from numpy.typing import NDArray
 
+from polar_ray.corpus.history import Floats, Trace
 from polar_ray.corpus.progress import human_time
 
 WIDTH, HEIGHT = 480.0, 236.0
@@ -25,13 +25,9 @@ MOST_BARS = 64
 FEWEST_BARS = 12
 """A histogram leaves room for so many, lest one bar fill the whole width."""
 
-FENCE = 6.0
-"""Quartile ranges beyond the quartiles from which on values count as a tail, if they are no more than `TAIL_SHARE`."""
+TAIL_SHARE = 0.005
+"""Of the rows, on either side, that may lie so far out that the end bars hold them."""
 
-TAIL_SHARE = 0.02
-
-MOST_BUCKETS = 120
-MOST_PAUSES = 10
 PAUSE_WIDTH = 12.0
 
 SPACE = "\u202f"
@@ -40,8 +36,6 @@ SPACE = "\u202f"
 SIZES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 TIME_STEPS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400)
 TIME_UNITS_S = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
-
-Floats = NDArray[np.float64]
 
 
 def number(value: float) -> str:
@@ -58,7 +52,7 @@ def percent(share: float) -> str:
         return f"<{SPACE}0.1{SPACE}%"
     if 0.999 < share < 1:
         return f">{SPACE}99.9{SPACE}%"
-    return f"{100 * share:.3g}{SPACE}%"
+    return f"{100 * share:.0f}{SPACE}%" if share in (0, 1) else f"{100 * share:.1f}{SPACE}%"
 
 
 def decimal(value: float) -> str:
@@ -86,7 +80,7 @@ def gather(bins: Mapping[int, int]) -> Bars:
     """Bins (at least one) as at most `MOST_BARS` bars: far tails put into the end bars, then neighbours together."""
     low, high = min(bins), max(bins)
     if high - low >= MOST_BARS:
-        low, high = _within_fences(bins)
+        low, high = _without_tails(bins)
     step = 1
     while high // step - low // step >= MOST_BARS:
         step *= 2
@@ -112,15 +106,13 @@ def quantile(bins: Mapping[int, int], share: float) -> float:
     return max(bins) + 1.0
 
 
-def _within_fences(bins: Mapping[int, int]) -> tuple[int, int]:
-    """The lowest and highest bin to draw: a side's far values are left out if they are few, or a single one."""
-    lower, upper = quantile(bins, 0.25), quantile(bins, 0.75)
-    reach = FENCE * max(upper - lower, 1.0)
-    most = max(1.0, TAIL_SHARE * sum(bins.values()))
-    inner = [place for place in bins if lower - reach <= place <= upper + reach]
-    below = sum(count for place, count in bins.items() if place < min(inner))
-    above = sum(count for place, count in bins.items() if place > max(inner))
-    return (min(inner) if below <= most else min(bins)), (max(inner) if above <= most else max(bins))
+def _without_tails(bins: Mapping[int, int]) -> tuple[int, int]:
+    """The lowest and highest bin to draw: without those far beyond where all but a few rows lie, or all but one."""
+    share = min(max(TAIL_SHARE, 1.5 / sum(bins.values())), 0.25)
+    lower, upper = quantile(bins, share), quantile(bins, 1 - share)
+    slack = max(MOST_BARS / 8, (upper - lower) / 4)
+    inner = [place for place in bins if lower - slack <= place <= upper + slack]
+    return min(inner), max(inner)
 
 
 def draw_histogram(
@@ -146,7 +138,7 @@ def draw_histogram(
         low, high = floor, high + floor - low
     x, top = _scale(low, high, LEFT, RIGHT), max(bars.counts)
     y = _scale(0, top, BOTTOM, TOP)
-    parts = [_y_axis(top), *_x_axis([(x(place), label) for place, label in ticks(low, high)], axis)]
+    parts = [_y_axis(top, whole=True), *_x_axis([(x(place), label) for place, label in ticks(low, high)], axis)]
     for index, count in enumerate(bars.counts):
         start = bars.first + index * bars.step
         left, right = x(start) + 0.5, x(start + bars.step) - 0.5
@@ -187,65 +179,6 @@ def _thinned(first: int, last: int, most: int) -> list[int]:
     return list(range(first, last + 1, stride))
 
 
-@dataclass(frozen=True)
-class Trace:
-    """Work over time, in buckets; `starts` and `ends` are Unix times, a rate is per second of its bucket.
-
-    Pauses, in which no unit was worked on, lie between two buckets and are none themselves.
-    """
-
-    starts: Floats
-    ends: Floats
-    rows: Floats
-    tokens: Floats
-    computed_tokens: Floats
-
-    @property
-    def pauses(self) -> Floats:
-        """Seconds from each bucket's end to the next one's start, 0 where there is no pause."""
-        idle: Floats = np.append(self.starts[1:] - self.ends[:-1], 0.0)
-        return idle
-
-
-def trace(finished: Sequence[tuple[float, int, int, int]], seconds: float) -> Trace | None:
-    """The history of a job from (Unix time, rows, tokens, computed tokens) of its units; None without units.
-
-    When a unit was begun is not recorded: the `seconds` of all units are shared out by their computed tokens, and a
-    unit's work is spread evenly over its share.
-    """
-    if not finished:
-        return None
-    ends, *work = np.asarray(finished, dtype=np.float64).T
-    weights = work[2] if work[2].sum() else np.ones_like(ends)
-    lasted = np.maximum(seconds * weights / weights.sum(), 1e-3)
-    begins = ends - lasted
-    edges = _bucket_edges(begins, ends, float(lasted.mean()))
-    starts, stops = np.concatenate([edge[:-1] for edge in edges]), np.concatenate([edge[1:] for edge in edges])
-    done = [
-        np.array([(np.clip((moment - begins) / lasted, 0, 1) @ np.stack(work, axis=1)) for moment in edge])
-        for edge in edges
-    ]
-    rates = np.concatenate([np.diff(totals, axis=0) for totals in done]) / (stops - starts)[:, None]
-    return Trace(starts, stops, *rates.T)
-
-
-def _bucket_edges(begins: Floats, ends: Floats, typical_s: float) -> list[Floats]:
-    """Edges of buckets of about one width, a list for each stretch between pauses."""
-    order = np.argsort(begins)
-    reached = np.maximum.accumulate(ends[order])
-    idle = begins[order][1:] - reached[:-1]
-    tolerance = 2 * typical_s
-    busy = reached[-1] - begins.min() - idle[idle > tolerance].sum()
-    tolerance = max(tolerance, 5 * busy / MOST_BUCKETS)
-    long = np.sort(np.argsort(-idle)[:MOST_PAUSES])
-    pauses = long[idle[long] > tolerance]
-    starts = begins[order][np.append(0, pauses + 1)]
-    stops = reached[np.append(pauses, len(reached) - 1)]
-    lengths = stops - starts
-    buckets = 1 + np.floor(lengths / lengths.sum() * (MOST_BUCKETS - len(lengths))).astype(int)
-    return [np.linspace(*bounds) for bounds in zip(starts, stops, buckets + 1, strict=True)]
-
-
 def draw_rates(history: Trace, areas: Mapping[str, Floats], *, title: str, unit: str) -> Markup:
     """Areas over the time that was worked, one for each class in `areas`, from back to front."""
     top = max(float(rates.max()) for rates in areas.values()) or 1.0
@@ -262,9 +195,8 @@ def draw_rates(history: Trace, areas: Mapping[str, Floats], *, title: str, unit:
     y = _scale(0, top, BOTTOM, TOP)
     parts = [_y_axis(top), *_x_axis(ticks, "time at work")]
     for kind, rates in areas.items():
-        steps = zip(lefts, rights, (y(rate) for rate in rates), strict=True)
-        outline = "".join(f"M{left:.1f},{BOTTOM}V{height:.1f}H{right:.1f}V{BOTTOM}Z" for left, right, height in steps)
-        parts.append(_element("path", d=outline, class_=kind))
+        heights = [y(rate) for rate in rates.tolist()]
+        parts.append(_element("path", d=_skyline(lefts.tolist(), rights.tolist(), heights), class_=kind))
     for index, (left, right) in enumerate(zip(lefts, rights, strict=True)):
         rates_here = ", ".join(f"{number(float(rates[index]))} {kind} {unit}" for kind, rates in areas.items())
         parts.append(_hoverable(f"{clock(history.starts[index])}: {rates_here}", _box(left, TOP, right, BOTTOM, "hit")))
@@ -272,6 +204,17 @@ def draw_rates(history: Trace, areas: Mapping[str, Floats], *, title: str, unit:
             words = f"no work for {human_time(history.pauses[index])}"
             parts.append(_hoverable(words, _box(right, TOP, right + PAUSE_WIDTH, BOTTOM, "pause")))
     return _svg(title, *parts)
+
+
+def _skyline(lefts: Sequence[float], rights: Sequence[float], heights: Sequence[float]) -> str:
+    """The outline of columns, those that touch as one shape: shapes side by side would show a seam."""
+    outline, reached = "", -math.inf
+    for left, right, height in zip(lefts, rights, heights, strict=True):
+        if left > reached + 0.01:
+            outline += (f"V{BOTTOM}" if outline else "") + f"M{left:.1f} {BOTTOM}"
+        outline += f"V{height:.1f}H{right:.1f}"
+        reached = right
+    return f"{outline}V{BOTTOM}"
 
 
 def time_ticks(seconds: float) -> list[tuple[float, str]]:
@@ -293,11 +236,11 @@ def _scale(low: float, high: float, start: float, stop: float) -> Callable[[floa
     return lambda value: start + (value - low) / (high - low) * (stop - start)
 
 
-def _y_axis(top: float) -> Markup:
+def _y_axis(top: float, *, whole: bool = False) -> Markup:
     y = _scale(0, top, BOTTOM, TOP)
     parts = []
-    for value, label in round_ticks(0, top, 4):
-        if top < 4 and value % 1:
+    for value, label in round_ticks(0, top, 5):
+        if whole and value % 1:
             continue
         parts.append(_line(LEFT, y(value), RIGHT, y(value), "grid"))
         parts.append(_element("text", label, x=LEFT - 8, y=y(value) + 4, class_="end"))

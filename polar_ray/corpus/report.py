@@ -1,3 +1,323 @@
+"""The page about a finished job: `report.html` beside its output, one file that needs nothing else to be read."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import NamedTuple
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from polar_ray.corpus.history import Trace, trace
+from polar_ray.corpus.plots import (
+    SPACE,
+    Bars,
+    clock,
+    decimal,
+    draw_histogram,
+    draw_rates,
+    gather,
+    number,
+    octave_ticks,
+    percent,
+    quantile,
+    value_ticks,
+)
+from polar_ray.corpus.progress import human_time
+from polar_ray.corpus.summary import LENGTH_BINS_PER_OCTAVE, REWARD_BIN, UnitReport
+from polar_ray.errors import PolarRayError
+from polar_ray.triples import STATUS_OK
+
+NAMED_INPUTS = 3
+"""Inputs named at the head of the page; of the others it gives the number."""
+
+
+@dataclass(frozen=True)
 class ReportFacts:
-    def __init__(self,**k): pass
-def write_report(a,b): return "<html>"
+    """What the page says beside the counts: which job, and this run of it."""
+
+    title: str
+    model: str
+    receipt: Mapping[str, object]
+    receipt_id: str
+    inputs: tuple[str, ...]
+    started: float
+    """Unix time at which this run began; earlier runs of the job may have done a part of the units."""
+
+    finished: float
+    wall_seconds: float
+    actors: int
+
+
+class Tile(NamedTuple):
+    """One of the large numbers at the head of the page."""
+
+    name: str
+    value: str
+    note: str
+
+
+class Figure(NamedTuple):
+    """One drawing with its words; `drawing` is empty where there is nothing to draw, and `note` then says why."""
+
+    title: str
+    drawing: Markup
+    note: str
+    legend: tuple[tuple[str, str], ...] = ()
+    """(style class, what it stands for) of what needs a key."""
+
+
+class Share(NamedTuple):
+    """A bar of which a part is filled."""
+
+    name: str
+    share: float
+    value: str
+    note: str = ""
+
+
+def write_report(total: UnitReport, facts: ReportFacts) -> str:
+    """The page, as HTML that is well-formed XML too. Changes nothing and reads nothing but its template."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(files("polar_ray.corpus").joinpath("report.html").read_text("utf-8"))
+    history = trace(total.finished, total.seconds)
+    page = template.render(
+        facts=facts,
+        named_inputs=facts.inputs[:NAMED_INPUTS],
+        more_inputs=number(max(0, len(facts.inputs) - NAMED_INPUTS)),
+        tiles=_tiles(total, facts),
+        distributions=[_rewards(total), _spread(total), _lengths(total)],
+        speeds=_speeds(history),
+        work=_work(total),
+        cuts=_cuts(total),
+        failures=_failures(total),
+        counts=_counts(total, facts),
+    )
+    return page.encode(errors="replace").decode()  # a file's name may hold bytes that are no text
+
+
+def _tiles(total: UnitReport, facts: ReportFacts) -> list[Tile]:
+    encoded = sum(total.length_bins.values())
+    return [
+        Tile("rows", number(total.rows), _plural(len(total.finished), "unit")),
+        Tile(
+            "rewarded",
+            percent(total.ok / total.rows) if total.rows else "–",
+            f"{number(total.failed)} without a reward" if total.failed else "every row has a reward",
+        ),
+        Tile("tokens", number(total.tokens), f"{number(total.tokens / encoded)} a row" if encoded else "none encoded"),
+        Tile("computed tokens", number(total.computed_tokens), f"{percent(_saved_share(total))} saved by sharing"),
+        _speed_tile(total, facts),
+        Tile("receipt", facts.receipt_id[:12], "same receipt, comparable rewards"),
+    ]
+
+
+def _speed_tile(total: UnitReport, facts: ReportFacts) -> Tile:
+    """Rows of this run over its wall time, start-up included."""
+    rows = sum(unit[1] for unit in total.finished if unit[0] >= facts.started)
+    if not rows or facts.wall_seconds <= 0:
+        return Tile("rows/s", "–", "this run had nothing left to score")
+    part = "" if rows == total.rows else f"{number(rows)} rows in "
+    note = f"{part}{human_time(facts.wall_seconds)}, {_plural(facts.actors, 'actor')}"
+    return Tile("rows/s", number(rows / facts.wall_seconds), note)
+
+
+def _rewards(total: UnitReport) -> Figure:
+    title = "Rewards"
+    mean, std, lowest, highest = total.reward_mean, total.reward_std, total.lowest_reward, total.highest_reward
+    if mean is None or std is None or lowest is None or highest is None or not total.reward_bins:
+        return Figure(title, Markup(""), "No row has a reward.")
+    bars = gather(total.reward_bins)
+    middle = min(max(quantile(total.reward_bins, 0.5) * REWARD_BIN, lowest), highest)
+    drawing = draw_histogram(
+        bars,
+        title="Histogram of rewards",
+        axis=f"reward, in steps of {bars.step * REWARD_BIN:g}",
+        ticks=lambda low, high: value_ticks(low, high, REWARD_BIN),
+        describe=_reward_range,
+        counted="rows",
+        markers={
+            kind: value / REWARD_BIN
+            for kind, value in (("mean", mean), ("median", middle))
+            if bars.first <= value / REWARD_BIN <= bars.last
+        },
+    )
+    note = f"From {decimal(lowest)} to {decimal(highest)}, standard deviation {decimal(std)}.{_tails(bars, 'rows')}"
+    return Figure(title, drawing, note, (("mean", f"mean {decimal(mean)}"), ("median", f"median ≈ {decimal(middle)}")))
+
+
+def _lengths(total: UnitReport) -> Figure:
+    title = "Lengths"
+    if not total.length_bins:
+        return Figure(title, Markup(""), "No row could be encoded.")
+    bars = gather(total.length_bins)
+    middle = quantile(total.length_bins, 0.5)
+    drawing = draw_histogram(
+        bars,
+        title="Histogram of lengths in tokens",
+        axis="tokens of a row, doubling",
+        ticks=lambda low, high: octave_ticks(low, high, LENGTH_BINS_PER_OCTAVE),
+        describe=lambda start, stop: f"{_tokens_at(start):,.0f} to {_tokens_at(stop):,.0f} tokens",
+        counted="rows",
+        markers={"median": middle},
+        floor=0,
+    )
+    encoded = sum(total.length_bins.values())
+    note = f"Prompt twice, reference and output; {number(total.tokens / encoded)} tokens a row on average."
+    return Figure(title, drawing, note, (("median", f"median ≈ {number(round(_tokens_at(middle)))}"),))
+
+
+def _spread(total: UnitReport) -> Figure:
+    title, spread = "Spread within groups", total.spread
+    if not spread.groups or not spread.bins:
+        return Figure(title, Markup(""), "No two neighbouring rows with a reward share prompt and reference.")
+    bars = gather({0: 0, **spread.bins})
+    drawing = draw_histogram(
+        bars,
+        title="Histogram of the spread of rewards within groups",
+        axis=f"highest less lowest reward, in steps of {bars.step * REWARD_BIN:g}",
+        ticks=lambda low, high: value_ticks(low, high, REWARD_BIN),
+        describe=_reward_range,
+        counted="groups",
+        base=spread.zero_groups,
+        floor=0,
+    )
+    note = (
+        f"Without spread: {percent(spread.zero_groups / spread.groups)} of {_plural(spread.groups, 'group')}. "
+        "Where all rewards of a group are equal, a group-relative trainer learns nothing from it."
+    )
+    legend = (("base", f"no spread: {number(spread.zero_groups)}"),) if spread.zero_groups else ()
+    return Figure(title, drawing, note + _tails(bars, "groups"), legend)
+
+
+def _speeds(history: Trace | None) -> list[Figure]:
+    if history is None:
+        return [Figure("Speed", Markup(""), "No unit was finished.")]
+    pauses = sorted((float(pause) for pause in history.pauses if pause > 0), reverse=True)
+    span = f"From {clock(history.starts[0])} to {clock(history.ends[-1])} UTC."
+    if pauses:
+        longest = "" if len(pauses) == 1 else ", the longest"
+        span += f" {_plural(len(pauses), 'pause')} without work{longest} of {human_time(pauses[0])}, cut out (striped)."
+    areas = {"all": history.tokens, "computed": history.computed_tokens}
+    return [
+        Figure(
+            "Rows per second",
+            draw_rates(history, {"rows": history.rows}, title="Rows per second over time", unit="rows/s"),
+            span,
+        ),
+        Figure(
+            "Tokens per second",
+            draw_rates(history, areas, title="Tokens per second over time", unit="tokens/s"),
+            "What lies between the two was saved by sharing.",
+            (("all", "tokens of the rows"), ("computed", "computed")),
+        ),
+    ]
+
+
+def _work(total: UnitReport) -> list[Share]:
+    saved = _saved_share(total)
+    computed = total.computed_tokens / max(total.tokens, total.computed_tokens, 1)
+    return [
+        Share("tokens of the rows", 1.0 if total.tokens else 0.0, number(total.tokens)),
+        Share(
+            "computed",
+            computed,
+            number(total.computed_tokens),
+            f"{percent(saved)} saved: shared prefixes and {_plural(total.duplicates, 'duplicate')} were computed once.",
+        ),
+    ]
+
+
+def _cuts(total: UnitReport) -> list[Share]:
+    rows, tokens = _share(total.cut_rows, total.rows), _share(total.cut_tokens, total.tokens + total.cut_tokens)
+    return [
+        Share("rows cut", rows, f"{number(total.cut_rows)} ({percent(rows)})"),
+        Share("tokens cut", tokens, f"{number(total.cut_tokens)} ({percent(tokens)})"),
+    ]
+
+
+def _failures(total: UnitReport) -> list[Share]:
+    """A bar for each status but `ok`, the most frequent first, with what its code means."""
+    meanings = _meanings()
+    failures = sorted(((count, code) for code, count in total.by_status.items() if code != STATUS_OK), reverse=True)
+    return [
+        Share(
+            code,
+            count / max(failures)[0],
+            f"{count:,} ({percent(_share(count, total.rows))})",
+            meanings.get(code, "A status that this version does not know."),
+        )
+        for count, code in failures
+        if count
+    ]
+
+
+def _meanings() -> dict[str, str]:
+    """Code of an error to the first sentence of its class's docstring."""
+    found: dict[str, str] = {}
+    kinds: list[type[PolarRayError]] = [PolarRayError]
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        text = " ".join((inspect.getdoc(kind) or kind.__name__).split())
+        found.setdefault(kind.code, text.replace("`", "").split(". ")[0].rstrip(".") + ".")
+    return found
+
+
+def _counts(total: UnitReport, facts: ReportFacts) -> dict[str, str]:
+    mean, std = total.reward_mean, total.reward_std
+    return {
+        "rows": f"{total.rows:,}",
+        **{f"rows, {code}": f"{count:,}" for code, count in sorted(total.by_status.items())},
+        "rows cut": f"{total.cut_rows:,}",
+        "rows with control tokens, removed": f"{total.control_token_rows:,}",
+        "duplicates": f"{total.duplicates:,}",
+        "tokens": f"{total.tokens:,}",
+        "tokens computed": f"{total.computed_tokens:,}",
+        "tokens cut": f"{total.cut_tokens:,}",
+        "reward, mean": "–" if mean is None else decimal(mean),
+        "reward, standard deviation": "–" if std is None else decimal(std),
+        "reward, lowest": "–" if total.lowest_reward is None else decimal(total.lowest_reward),
+        "reward, highest": "–" if total.highest_reward is None else decimal(total.highest_reward),
+        "groups": f"{total.spread.groups:,}",
+        "groups without spread": f"{total.spread.zero_groups:,}",
+        "units": f"{len(total.finished):,}",
+        "time of actors on units": human_time(total.seconds),
+        "of it in the engine": human_time(total.engine_seconds),
+        "this run, started": f"{clock(facts.started)} UTC",
+        "this run, finished": f"{clock(facts.finished)} UTC",
+        "this run, wall time": human_time(facts.wall_seconds),
+        "this run, actors": f"{facts.actors:,}",
+        "inputs": f"{len(facts.inputs):,}",
+    }
+
+
+def _saved_share(total: UnitReport) -> float:
+    """Share of the tokens that did not go through the model. Batches that failed and were tried again count twice."""
+    return max(0.0, 1 - total.computed_tokens / total.tokens) if total.tokens else 0.0
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _tails(bars: Bars, counted: str) -> str:
+    low, high = decimal(bars.first * REWARD_BIN), decimal(bars.last * REWARD_BIN)
+    said = [f"{number(bars.below)} {counted} below {low}"] if bars.below else []
+    said += [f"{number(bars.above)} {counted} above {high}"] if bars.above else []
+    return f" The pale end bars also hold {' and '.join(said)}." if said else ""
+
+
+def _reward_range(start: int, stop: int) -> str:
+    return f"{decimal(start * REWARD_BIN)} to {decimal(stop * REWARD_BIN)}"
+
+
+def _tokens_at(place: float) -> float:
+    return float(2.0 ** (place / LENGTH_BINS_PER_OCTAVE))
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{number(count)}{SPACE}{noun}{'' if count == 1 else 's'}"

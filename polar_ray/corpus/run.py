@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import ray.data
 
 from polar_ray.config import ScoreConfig, ray_address
 from polar_ray.corpus.actor import ActorTask, BuildScorer, ScoringActor
@@ -62,16 +63,38 @@ def ray_cluster() -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else Ray's C++ warns on this terminal at every pool start
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what went wrong is raised, once, as a typed error
+    _keep_logs_off_the_terminal()
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    if address := ray_address():
-        ray.init(address=address, **quiet)
-    else:
-        ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+    with _stderr_to_null():
+        if address := ray_address():
+            ray.init(address=address, **quiet)
+        else:
+            ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _keep_logs_off_the_terminal() -> None:
+    """Ray Data's log goes to its file only: the job has a progress line of its own, and raises what went wrong."""
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.CRITICAL + 1)
+
+
+@contextmanager
+def _stderr_to_null() -> Iterator[None]:
+    """Ray's C++ announces its log level on file descriptor 2, below anything Python could filter."""
+    kept = os.dup(2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
 
 
 def has_gpu() -> bool:

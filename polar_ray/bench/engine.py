@@ -1,0 +1,223 @@
+"""The torch engine beside the ways it replaces, on the same sequences, interleaved in one process.
+
+CPU seconds of all threads are what is compared: they hold on a machine with other work, where wall time does not.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from polar_ray.engines.torch.engine import DTYPES, TorchEngine
+from polar_ray.engines.torch.linear import PlainLinear, linear_kind
+from polar_ray.model.architecture import CheckpointConfig
+from polar_ray.model.polar import PolarForReward, load_polar
+from polar_ray.planning import Ids, Plan, Rewards, plan
+
+README_BATCH = 8
+"""Sequences of a padded batch in POLAR's own examples."""
+
+TOKEN_BUDGET = 4096
+"""Padded or computed tokens of a batch, for every method but `readme`."""
+
+GEMM_TOKENS, GEMM_REPEATS = 512, 40
+"""Rows of the bare products, and how often they are done for one measurement: about half a second."""
+
+METHODS = {
+    "readme": f"padded batches of {README_BATCH} in arrival order, transformers",
+    "sorted": f"padded batches of like lengths up to {TOKEN_BUDGET} tokens, transformers",
+    "unshared": "torch engine, every sequence whole",
+    "shared": "torch engine, common prefixes once",
+}
+
+
+@dataclass
+class Measurement:
+    """One method: raw seconds of every round, and what they come to. Rates and ratios are of medians."""
+
+    method: str
+    what: str
+    tokens: int
+    """Tokens of all sequences."""
+
+    computed_tokens: int
+    """Tokens that went through the model: with padding, or with shared prefixes counted once."""
+
+    flops: float
+    """Floating point operations on those tokens, from the formula in `_flops`."""
+
+    wall_s: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
+    max_error: float = 0.0
+    rms_error: float = 0.0
+    tokens_per_s: float = 0.0
+    median_cpu_s: float = 0.0
+    speedup_over_readme: float = 0.0
+    fraction_of_gemm_rate: float = 0.0
+
+
+@dataclass
+class DtypeResult:
+    """All methods in one dtype. Errors are against a float32 run of the `sorted` method."""
+
+    dtype: str
+    gemm_flops_per_cpu_s: float
+    """What a bare matrix product of the model's gate shape reaches on the same threads, the best of all rounds."""
+
+    methods: list[Measurement]
+
+
+@dataclass(frozen=True)
+class Method:
+    run: Callable[[], Rewards]
+    computed_tokens: int
+    flops: float
+
+
+def bench_engine(
+    folder: Path, sequences: Sequence[Ids], *, dtypes: Sequence[str], rounds: int, threads: int | None = None
+) -> list[DtypeResult]:
+    """Every method in every dtype, `rounds` times after one run to warm up."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    expected = _padded(load_polar(folder, dtype=torch.float32), sequences, _sorted_batches(sequences))
+    return [_bench_dtype(folder, sequences, expected, dtype, rounds) for dtype in dtypes]
+
+
+def _bench_dtype(folder: Path, sequences: Sequence[Ids], expected: Rewards, dtype: str, rounds: int) -> DtypeResult:
+    model = load_polar(folder, dtype=DTYPES[dtype])
+    engine = TorchEngine.load(folder, dtype=dtype, token_budget=TOKEN_BUDGET)
+    methods = {
+        "readme": _padded_method(model, sequences, _readme_batches(sequences)),
+        "sorted": _padded_method(model, sequences, _sorted_batches(sequences)),
+        "unshared": _engine_method(engine, model.checkpoint_config, sequences, share=False),
+        "shared": _engine_method(engine, model.checkpoint_config, sequences, share=True),
+    }
+    n_tokens = sum(map(len, sequences))
+    results = {
+        name: Measurement(name, METHODS[name], n_tokens, method.computed_tokens, method.flops)
+        for name, method in methods.items()
+    }
+    for method in methods.values():
+        method.run()
+    gemm_rate = 0.0
+    for _ in range(rounds):
+        gemm_rate = max(gemm_rate, _gemm_rate(model.checkpoint_config, DTYPES[dtype]))
+        for name, method in methods.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            rewards = method.run()
+            results[name].wall_s.append(time.perf_counter() - wall)
+            results[name].cpu_s.append(time.process_time() - cpu)
+            errors = rewards - expected
+            results[name].max_error = float(np.abs(errors).max())
+            results[name].rms_error = float(np.sqrt(np.mean(errors**2)))
+    baseline = statistics.median(results["readme"].cpu_s)
+    for result in results.values():
+        result.median_cpu_s = statistics.median(result.cpu_s)
+        result.tokens_per_s = n_tokens / statistics.median(result.wall_s)
+        result.speedup_over_readme = baseline / result.median_cpu_s
+        result.fraction_of_gemm_rate = result.flops / result.median_cpu_s / gemm_rate
+    return DtypeResult(dtype, gemm_rate, list(results.values()))
+
+
+def _readme_batches(sequences: Sequence[Ids]) -> list[list[int]]:
+    return [
+        list(range(len(sequences)))[start : start + README_BATCH] for start in range(0, len(sequences), README_BATCH)
+    ]
+
+
+def _sorted_batches(sequences: Sequence[Ids]) -> list[list[int]]:
+    batches: list[list[int]] = []
+    for row in sorted(range(len(sequences)), key=lambda row: len(sequences[row])):
+        if not batches or (len(batches[-1]) + 1) * len(sequences[row]) > TOKEN_BUDGET:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+def _padded_method(model: PolarForReward, sequences: Sequence[Ids], batches: list[list[int]]) -> Method:
+    widths = [max(len(sequences[row]) for row in batch) for batch in batches for _ in batch]
+    flops = _flops(model.checkpoint_config, sum(widths), sum(map(_causal_pairs, widths)))
+    return Method(lambda: _padded(model, sequences, batches), sum(widths), flops)
+
+
+@torch.inference_mode()
+def _padded(model: PolarForReward, sequences: Sequence[Ids], batches: list[list[int]]) -> Rewards:
+    rewards = np.empty(len(sequences), dtype=np.float32)
+    for batch in batches:
+        shape = (len(batch), max(len(sequences[row]) for row in batch))
+        ids, mask = torch.full(shape, model.checkpoint_config.pad_token_id), torch.zeros(shape, dtype=torch.int64)
+        for place, row in enumerate(batch):
+            ids[place, : len(sequences[row])] = torch.from_numpy(sequences[row].astype(np.int64))
+            mask[place, : len(sequences[row])] = 1
+        rewards[batch] = model(ids, mask).numpy()
+    return rewards
+
+
+def _engine_method(engine: TorchEngine, config: CheckpointConfig, sequences: Sequence[Ids], *, share: bool) -> Method:
+    planned = plan(
+        sequences,
+        token_budget=engine.token_budget,
+        share_prefixes=share,
+        max_shared_length=engine.max_shared_length,
+    )
+    flops = _flops(config, planned.computed_tokens, _computed_pairs(planned), n_rewards=len(sequences))
+    return Method(lambda: _planned(engine, planned), planned.computed_tokens, flops)
+
+
+def _planned(engine: TorchEngine, planned: Plan) -> Rewards:
+    rewards = np.empty(len(planned.first_of), dtype=np.float32)
+    for batch in planned.batches:
+        rewards[batch.rows] = engine.score(batch)
+    return rewards[planned.first_of]
+
+
+def _causal_pairs(n: int) -> int:
+    """Pairs of a query and a key that causal attention over `n` tokens needs."""
+    return n * (n + 1) // 2
+
+
+def _computed_pairs(planned: Plan) -> int:
+    return sum(
+        _causal_pairs(len(group.prefix))
+        + sum(len(group.prefix) * len(suffix) + _causal_pairs(len(suffix)) for suffix in group.suffixes)
+        for batch in planned.batches
+        for group in batch.groups
+    )
+
+
+def _flops(config: CheckpointConfig, tokens: int, pairs: int, n_rewards: int | None = None) -> float:
+    """Two operations for each weight a token meets, and four for each element of each query's head and key.
+
+    With `n_rewards` the last layer computes keys and values for every token and the rest for that many only; its
+    attention is then left out, as it is nearly nothing.
+    """
+    hidden, key_width = config.hidden_size, config.num_key_value_heads * config.head_dim
+    key_value = 2 * hidden * key_width
+    others = 2 * hidden * hidden + 3 * hidden * config.intermediate_size
+    layers, last = config.num_hidden_layers, 0
+    if n_rewards is not None:
+        layers, last = layers - 1, 2 * (tokens * key_value + n_rewards * others)
+    return float(layers * (2 * tokens * (key_value + others) + 4 * pairs * hidden) + last)
+
+
+@torch.inference_mode()
+def _gemm_rate(config: CheckpointConfig, dtype: torch.dtype) -> float:
+    """Floating point operations per CPU second of products in the gate's shape, by the faster kind of product."""
+    x = torch.randn(GEMM_TOKENS, config.hidden_size).to(dtype)
+    weight = torch.randn(config.intermediate_size, config.hidden_size).to(dtype)
+    rates = []
+    for kind in {PlainLinear, linear_kind(dtype, x.device)}:
+        product = kind(weight)
+        product(x)
+        before = time.process_time()
+        for _ in range(GEMM_REPEATS):
+            product(x)
+        rates.append(GEMM_REPEATS * 2 * x.numel() * len(weight) / (time.process_time() - before))
+    return max(rates)

@@ -1,0 +1,85 @@
+"""What a benchmark scores: random checkpoints of stated shapes, and groups of random ids with the lengths of real ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from polar_ray.model.architecture import CheckpointConfig
+from polar_ray.model.checkpoint import save_checkpoint
+from polar_ray.model.polar import PolarForReward
+from polar_ray.planning import Ids
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The fields of `config.json` that decide the work."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int = 8192
+
+
+SHAPES = {
+    "tiny": Shape(128, 384, 6, 4, 2),
+    "small": Shape(512, 2048, 14, 8, 4),
+    "medium": Shape(1024, 4096, 18, 8, 4),
+}
+"""2, 59 and 292 million parameters, head sizes 32, 64 and 128."""
+
+SHARED_TOKENS = (350, 460)
+OWN_TOKENS = (141, 275)
+"""Lengths of what a group shares (prompt, reference, prompt) and of each output, inclusive: whole sequences of 491 to
+735 tokens, as 64 encoded GSM8K triples have (`spec/engines.md` section 0)."""
+
+
+def write_random_checkpoint(folder: Path, shape: Shape, *, seed: int = 0) -> None:
+    """A bfloat16 checkpoint whose rewards of random ids have a standard deviation near 2."""
+    config = CheckpointConfig.from_json(
+        json.dumps(
+            {
+                "architectures": ["InternLM2ForRewardModel"],
+                "bias": False,
+                "max_position_embeddings": 32768,
+                "rms_norm_eps": 1e-5,
+                "rope_theta": 1000000.0,
+                "torch_dtype": "bfloat16",
+                **asdict(shape),
+            }
+        )
+    )
+    generator = torch.Generator().manual_seed(seed)
+    model = PolarForReward(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+                continue
+            fan_in = 1.0 if "embed" in name else parameter.shape[1]
+            scale = 2.0 if name == "v_head.weight" else 1.0
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (scale / fan_in**0.5))
+    save_checkpoint(model.to(torch.bfloat16), folder)
+
+
+def random_groups(n_groups: int, group_size: int, vocab_size: int, *, seed: int = 0) -> list[Ids]:
+    """`n_groups * group_size` sequences, those of a group consecutive, as a trainer would send them."""
+    random = np.random.default_rng(seed)
+
+    def draw(lengths: tuple[int, int]) -> Ids:
+        return random.integers(0, vocab_size, random.integers(lengths[0], lengths[1] + 1), dtype=np.int32)
+
+    def sequences() -> Iterator[Ids]:
+        for _ in range(n_groups):
+            shared = draw(SHARED_TOKENS)
+            for _ in range(group_size):
+                yield np.concatenate([shared, draw(OWN_TOKENS)])
+
+    return list(sequences())

@@ -1,0 +1,25 @@
+"""Fixtures that more than one folder of tests uses."""
+
+import pytest
+
+from polar_ray.encoding.tokenizer import PolarTokenizer
+from polar_ray.model.locate import EMBEDDED_FOLDER
+from tests.support.tokenizers import make_polar_tokenizer_folder
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer():
+    """The tokenizer of the checkpoint that ships."""
+    return PolarTokenizer(EMBEDDED_FOLDER)
+
+
+@pytest.fixture(scope="session")
+def polar_tokenizer(tmp_path_factory):
+    """POLAR-7B's tokenizer; tests that need it skip where its file is absent."""
+    return PolarTokenizer(make_polar_tokenizer_folder(tmp_path_factory.mktemp("polar-tokenizer")))
+
+
+@pytest.fixture(params=["small", "polar"])
+def tokenizer(request):
+    """Both tokenizers, one after the other."""
+    return request.getfixturevalue(f"{request.param}_tokenizer")

@@ -1,0 +1,90 @@
+"""Settings: where values come from, and what a wrong one is told."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from polar_ray import config
+from polar_ray.config import ScoreConfig, load_score_config
+from polar_ray.errors import ConfigError
+
+JOBS = sorted((Path(__file__).parents[2] / "jobs").rglob("*.toml"))
+
+
+def test_later_sources_win(tmp_path):
+    file = tmp_path / "job.toml"
+    file.write_text('unit_rows = 10\nmodel = "a"\n[limits]\nmax_tokens = 100\ncut_side = "left"\n')
+    settings = load_score_config(file, ["limits.max_tokens=200", "unit_rows=20"], unit_rows=30, model=None)
+    assert settings.unit_rows == 30
+    assert settings.limits.max_tokens == 200
+    assert settings.limits.cut_side == "left"
+    assert settings.model == "a"
+
+
+def test_flags_reach_into_sections():
+    assert load_score_config(engine__dtype="bfloat16").engine.dtype == "bfloat16"
+
+
+def test_values_of_assignments_are_toml_where_they_can_be():
+    settings = load_score_config(None, ["engine.share_prefixes=false", "model=internlm/POLAR-7B", 'columns.prompt="1"'])
+    assert settings.engine.share_prefixes is False
+    assert settings.model == "internlm/POLAR-7B"
+    assert settings.columns.prompt == "1"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "says"),
+    [
+        ("limits.max_token=3", "unknown setting 'limits.max_token'; known here: max_tokens"),
+        ("limits.max_tokens=zero", "limits.max_tokens = 'zero'"),
+        ("limits.cut_side=middle", "limits.cut_side = 'middle'.*'right' or 'left'"),
+        ("engine.kind=sglang2", "engine.kind = 'sglang2'"),
+        ("max_failed_fraction=2", "max_failed_fraction = 2"),
+        ("actors=4:2", "MIN <= MAX, found '4:2'"),
+        ("actors=many", "expected auto, a number or MIN:MAX, found 'many'"),
+        ("columns.output=prompt", "column 'prompt' is named for two things"),
+        ("columns.prompt=reward_status", "column 'reward_status' is named for two things"),
+        ("nothing", "expected section.key=value"),
+        ("model.name=3", "'model' is a value, not a section"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key_and_the_remedy(assignment, says, tmp_path):
+    file = tmp_path / "job.toml"
+    file.write_text('model = "embedded"\n')
+    with pytest.raises(ConfigError, match=says):
+        load_score_config(file, [assignment])
+
+
+def test_a_file_that_is_not_there_or_not_toml(tmp_path):
+    with pytest.raises(ConfigError, match="give an existing TOML file"):
+        load_score_config(tmp_path / "absent.toml")
+    (tmp_path / "bad.toml").write_text("a = = 1")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_score_config(tmp_path / "bad.toml")
+
+
+def test_actors_are_a_number_or_a_range():
+    assert ScoreConfig(actors=3).actor_range == (3, 3)
+    assert ScoreConfig(actors="2:8").actor_range == (2, 8)
+    assert ScoreConfig().actor_range is None
+
+
+def test_settings_cannot_be_changed_and_round_trip_through_json():
+    settings = load_score_config(None, ["engine.token_budget=128"])
+    with pytest.raises(ValueError, match="frozen"):
+        settings.unit_rows = 1
+    assert ScoreConfig.model_validate_json(settings.model_dump_json()) == settings
+
+
+def test_every_setting_explains_itself():
+    for kind in vars(config).values():
+        if isinstance(kind, type) and issubclass(kind, BaseModel) and kind.__module__ == config.__name__:
+            for name, field in kind.model_fields.items():
+                is_section = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+                assert is_section or field.description, f"{kind.__name__}.{name} has no docstring"
+
+
+@pytest.mark.parametrize("file", JOBS, ids=lambda file: file.name)
+def test_the_jobs_that_ship_are_valid(file):
+    assert load_score_config(file)
