@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from polar_ray.engines.torch.engine import DTYPES, TorchEngine
-from polar_ray.engines.torch.linear import PlainLinear, linear_kind
+from polar_ray.engines.torch.linear import Linear, PlainLinear, linear_kind
 from polar_ray.model.architecture import CheckpointConfig
 from polar_ray.model.polar import PolarForReward, load_polar
 from polar_ray.planning import Ids, Plan, Rewards, plan
@@ -213,7 +213,8 @@ def _gemm_rate(config: CheckpointConfig, dtype: torch.dtype) -> float:
     x = torch.randn(GEMM_TOKENS, config.hidden_size).to(dtype)
     weight = torch.randn(config.intermediate_size, config.hidden_size).to(dtype)
     rates = []
-    for kind in {PlainLinear, linear_kind(dtype, x.device)}:
+    kinds: set[type[Linear]] = {PlainLinear, linear_kind(dtype, x.device)}
+    for kind in kinds:
         product = kind(weight)
         product(x)
         before = time.process_time()

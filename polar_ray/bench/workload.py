@@ -1,4 +1,4 @@
-"""What a benchmark scores: random checkpoints of stated shapes, and groups of random ids with the lengths of real ones."""
+"""What a benchmark scores: random checkpoints of stated shapes, and groups of random ids as long as real ones."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class ScoringActor:
         self._task = task
         self._tracker = tracker
         try:
-            if not ray.get(tracker.starting.remote()):
+            if not ray.get(tracker.starting.remote(ray.get_runtime_context().current_actor)):
                 raise EngineStartError("the processes of several actors died while loading the model: out of memory?")
             manifest = load_manifest(task.output)
             if manifest is None:

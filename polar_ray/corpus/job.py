@@ -59,7 +59,7 @@ class JobSummary(BaseModel):
 
     output: str
     report: str
-    """Where report.html is."""
+    """Where report.html is: among the job's own files, for readers of Parquet folders stumble over anything else."""
 
 
 def score_parquet(
@@ -162,7 +162,7 @@ def _conclude(
     """Add up the reports in the output's files, write report.html, and judge the failures."""
     total = _add_up(job, progress)
     receipt, seconds = job.manifest.receipt, time.time() - started
-    report = job.output.join("report.html")
+    report = job.output.join(FOLDER, "report.html")
     if todo or not report.exists():
         facts = ReportFacts(
             title=PurePosixPath(job.output.path).name,

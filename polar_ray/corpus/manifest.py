@@ -187,7 +187,7 @@ def finished_parts(output: Location) -> set[str]:
 
 
 def discard_job(output: Location) -> None:
-    """Remove what a job wrote to `output`: the files its manifest names, the report and the manifest itself.
+    """Remove what a job wrote to `output`: the files its manifest names, and its own folder.
 
     Raises `OutputError` where there is something and no manifest says whose it is.
     """
@@ -196,7 +196,6 @@ def discard_job(output: Location) -> None:
         return
     for part in sorted({manifest.part(unit.index) for unit in manifest.units} & finished_parts(output)):
         output.join(*part.split("/")).delete()
-    output.join("report.html").delete()
     output.join(FOLDER).delete()
 
 

@@ -164,10 +164,11 @@ def octave_ticks(low: float, high: float, bins: int) -> list[tuple[float, str]]:
     return [(power * bins, number(2.0**power) if power > 16 else f"{2**power:,}") for power in _thinned(first, last, 6)]
 
 
-def round_ticks(low: float, high: float, most: int) -> list[tuple[float, str]]:
-    """About `most` round values from `low` to `high`, and how they are written."""
+def round_ticks(low: float, high: float, most: int, finest: float = 0.0) -> list[tuple[float, str]]:
+    """At most about `most` round values from `low` to `high`, no less than `finest` apart, and how they are written."""
     step = 10.0 ** math.floor(math.log10((high - low) / most))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= most)
+    step = max(step, finest)
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     values = [place * step for place in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
     is_large = max(abs(low), abs(high)) >= 1000
@@ -239,9 +240,7 @@ def _scale(low: float, high: float, start: float, stop: float) -> Callable[[floa
 def _y_axis(top: float, *, whole: bool = False) -> Markup:
     y = _scale(0, top, BOTTOM, TOP)
     parts = []
-    for value, label in round_ticks(0, top, 5):
-        if whole and value % 1:
-            continue
+    for value, label in round_ticks(0, top, 5, finest=1.0 if whole else 0.0):
         parts.append(_line(LEFT, y(value), RIGHT, y(value), "grid"))
         parts.append(_element("text", label, x=LEFT - 8, y=y(value) + 4, class_="end"))
     return Markup("").join(parts)

@@ -106,7 +106,7 @@ def _tiles(total: UnitReport, facts: ReportFacts) -> list[Tile]:
         Tile(
             "rewarded",
             percent(total.ok / total.rows) if total.rows else "–",
-            f"{number(total.failed)} without a reward" if total.failed else "every row has a reward",
+            f"{number(total.failed)} without a reward" if total.failed else "none without a reward",
         ),
         Tile("tokens", number(total.tokens), f"{number(total.tokens / encoded)} a row" if encoded else "none encoded"),
         Tile("computed tokens", number(total.computed_tokens), f"{percent(_saved_share(total))} saved by sharing"),
@@ -145,7 +145,8 @@ def _rewards(total: UnitReport) -> Figure:
             if bars.first <= value / REWARD_BIN <= bars.last
         },
     )
-    note = f"From {decimal(lowest)} to {decimal(highest)}, standard deviation {decimal(std)}.{_tails(bars, 'rows')}"
+    span = f"From {decimal(lowest)} to {decimal(highest)}, standard deviation {decimal(std)}."
+    note = (f"Every reward is {decimal(mean)}." if lowest == highest else span) + _tails(bars, "rows")
     return Figure(title, drawing, note, (("mean", f"mean {decimal(mean)}"), ("median", f"median ≈ {decimal(middle)}")))
 
 
@@ -194,39 +195,34 @@ def _spread(total: UnitReport) -> Figure:
 
 
 def _speeds(history: Trace | None) -> list[Figure]:
+    titles = ("Rows per second", "Tokens per second")
     if history is None:
-        return [Figure("Speed", Markup(""), "No unit was finished.")]
+        return [Figure(title, Markup(""), "No unit was finished.") for title in titles]
     pauses = sorted((float(pause) for pause in history.pauses if pause > 0), reverse=True)
     span = f"From {clock(history.starts[0])} to {clock(history.ends[-1])} UTC."
     if pauses:
         longest = "" if len(pauses) == 1 else ", the longest"
         span += f" {_plural(len(pauses), 'pause')} without work{longest} of {human_time(pauses[0])}, cut out (striped)."
+    rows = draw_rates(history, {"rows": history.rows}, title="Rows per second over time", unit="rows/s")
+    if not history.tokens.any():
+        return [Figure(titles[0], rows, span), Figure(titles[1], Markup(""), "No row could be encoded.")]
     areas = {"all": history.tokens, "computed": history.computed_tokens}
-    return [
-        Figure(
-            "Rows per second",
-            draw_rates(history, {"rows": history.rows}, title="Rows per second over time", unit="rows/s"),
-            span,
-        ),
-        Figure(
-            "Tokens per second",
-            draw_rates(history, areas, title="Tokens per second over time", unit="tokens/s"),
-            "What lies between the two was saved by sharing.",
-            (("all", "tokens of the rows"), ("computed", "computed")),
-        ),
-    ]
+    tokens = draw_rates(history, areas, title="Tokens per second over time", unit="tokens/s")
+    legend = (("all", "tokens of the rows"), ("computed", "computed"))
+    gain = "What lies between the two was saved by sharing."
+    return [Figure(titles[0], rows, span), Figure(titles[1], tokens, gain, legend)]
 
 
 def _work(total: UnitReport) -> list[Share]:
-    saved = _saved_share(total)
-    computed = total.computed_tokens / max(total.tokens, total.computed_tokens, 1)
+    most = max(total.tokens, total.computed_tokens)
+    saved = f"{percent(_saved_share(total))} saved: shared prefixes and {_plural(total.duplicates, 'duplicate')} were "
     return [
-        Share("tokens of the rows", 1.0 if total.tokens else 0.0, number(total.tokens)),
+        Share("tokens of the rows", _share(total.tokens, most), number(total.tokens)),
         Share(
             "computed",
-            computed,
+            _share(total.computed_tokens, most),
             number(total.computed_tokens),
-            f"{percent(saved)} saved: shared prefixes and {_plural(total.duplicates, 'duplicate')} were computed once.",
+            f"{saved}computed once." if _saved_share(total) else "Nothing was shared.",
         ),
     ]
 

@@ -179,8 +179,18 @@ def _drive(job: Job, data: ray.data.Dataset, tracker: Any, show: Show) -> None:
                 raise _typed(arrival, tracker) from None
             rows, failed = rows + arrival.rows, failed + arrival.failed
             _stop_a_job_gone_wrong(job, rows, failed)
-    finally:
-        tracker.stop.remote()
+    except BaseException:
+        _kill_actors(tracker)
+        raise
+
+
+def _kill_actors(tracker: Any) -> None:
+    """Free what a job that is over still holds: on a cluster that lives on, an engine that hangs would keep its GPU."""
+    try:
+        for actor in ray.get(tracker.stop.remote(), timeout=10):
+            ray.kill(actor, no_restart=True)
+    except ray.exceptions.RayError:
+        return  # the cluster itself is gone, and the actors with it
 
 
 def _watch(job: Job, tracker: Any, show: Show) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from polar_ray.errors import PolarRayError
 
@@ -85,6 +85,7 @@ class JobTracker:
         self._units: dict[int, _UnitState] = {}
         self._done = [0, 0, 0]
         self._starting = 0
+        self._handles: list[Any] = []
         self._actors = 0
         self._deaths = 0
         self._quarantined = 0
@@ -93,8 +94,9 @@ class JobTracker:
         self._error: PolarRayError | None = None
         self._stopping = False
 
-    def starting(self) -> bool:
-        """An actor begins to load its engine. False: too many processes died doing so, do not try."""
+    def starting(self, actor: Any = None) -> bool:
+        """`actor` (its handle) begins to load its engine. False: too many processes died doing so, do not try."""
+        self._handles.append(actor)
         self._starting += 1
         return self._starting <= FAILED_STARTS_BEFORE_GIVING_UP * self._most_actors
 
@@ -151,9 +153,10 @@ class JobTracker:
         """An actor cannot go on. The first such error is the job's."""
         self._error = self._error or error
 
-    def stop(self) -> None:
-        """Tell every actor, at its next progress, to stop."""
+    def stop(self) -> list[Any]:
+        """Tell every actor, at its next progress, to stop; gives their handles, for those that make none."""
         self._stopping = True
+        return self._handles
 
     def snapshot(self) -> Snapshot:
         now = time.monotonic()

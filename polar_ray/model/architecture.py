@@ -1,7 +1,7 @@
 """What a POLAR checkpoint says it is: the numbers of `config.json`, and the tensors that follow from them.
 
-The layout is InternLM2's (`InternLM2ForRewardModel`, xtuner 0.2.0 `modeling_internlm2.py`): names, shapes and the fused,
-interleaved `wqkv`. Nothing here opens a weights file.
+The layout is InternLM2's (`InternLM2ForRewardModel`, xtuner 0.2.0 `modeling_internlm2.py`): names, shapes and the
+fused, interleaved `wqkv`. Nothing here opens a weights file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """POLAR as a torch module: transformers' Llama decoder under a bias-free scalar head.
 
-InternLM2 computes what Llama computes; only the names and the fused `wqkv` of its checkpoints differ. This is the module
-to train, to evaluate on padded batches and to compare with; `engines/torch` scores faster.
+InternLM2 computes what Llama computes; only the names and the fused `wqkv` of its checkpoints differ. This is the
+module to train, to evaluate on padded batches and to compare with; `engines/torch` scores faster.
 
 Letters: B sequences, T padded tokens, H hidden size.
 """
@@ -44,13 +44,14 @@ class PolarForReward(LlamaPreTrainedModel):  # type: ignore[misc]
         """
         mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         position_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)
-        hidden_BTH = self.model(
+        hidden_BTH: Tensor = self.model(
             input_ids=input_ids, attention_mask=mask_BT, position_ids=position_BT, use_cache=False
         ).last_hidden_state
         last_B = (mask_BT * torch.arange(1, mask_BT.shape[1] + 1, device=mask_BT.device)).argmax(1)
         last_BH = hidden_BTH[torch.arange(len(last_B), device=last_B.device), last_B]
         # Not a Linear: under autocast that would be rounded to half precision.
-        return (last_BH.float() * self.v_head.weight[0].float()).sum(-1)
+        rewards_B: Tensor = (last_BH.float() * self.v_head.weight[0].float()).sum(-1)
+        return rewards_B
 
 
 class PolarRotary(nn.Module):
@@ -62,7 +63,7 @@ class PolarRotary(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines `[B, T, head_dim]` in the dtype of `x` for positions `[B, T]`, which end each row's text."""
+        """Cosines and sines `[B, T, head_dim]`, in the dtype of `x`, of `[B, T]` positions that cover whole rows."""
         length_BT = (position_ids.amax(-1, keepdim=True) + 1).expand_as(position_ids)
         angles = self.rope.angles(position_ids, length_BT)
         both = torch.cat([angles, angles], -1)
@@ -82,7 +83,7 @@ def load_polar(
     """
     checkpoint = Checkpoint.open(folder)
     with torch.device("meta"):
-        model = PolarForReward(checkpoint.config, rope_base=rope_base)
+        model: PolarForReward = PolarForReward(checkpoint.config, rope_base=rope_base)
     parameters: dict[str, Tensor] = {}
     for name in tensor_shapes(checkpoint.config):
         tensor = checkpoint.read(name, dtype or checkpoint.dtype, device)
@@ -90,10 +91,9 @@ def load_polar(
     model.load_state_dict(parameters, strict=True, assign=True)
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if left:
-        raise CheckpointError(
-            f"{folder}: no values for {left[0]}; this release of transformers builds Llama differently"
-        )
-    return model.eval()
+        raise CheckpointError(f"{folder}: no values for {left[0]}; Llama has other parts in this transformers")
+    model.eval()
+    return model
 
 
 def _llama_config(config: CheckpointConfig) -> LlamaConfig:

@@ -35,7 +35,7 @@ class Rope:
         """The model's own rope, or with `sglang-static` the one that sglang and old vLLM compute.
 
         They build the dynamic table once for `factor * max_position_embeddings`, so that *every* length gets the base
-        `theta * (f*f - f + 1) ** (d / (d - 2))` (sglang 0.4.4 `rotary_embedding.py`, `DynamicNTKScalingRotaryEmbedding`).
+        `theta * (f*f - f + 1) ** (d / (d - 2))` (sglang 0.4.4.post1 `rotary_embedding.py` 335-373).
         """
         scaling, size, longest = config.rope_scaling, config.head_dim, config.max_position_embeddings
         if scaling is None:
@@ -73,6 +73,6 @@ class Rope:
         scaled = positions.to(torch.float32).unsqueeze(-1) * self.position_scale
         if longest is None or int(lengths.max()) <= longest:
             return scaled * self.frequencies(0).to(positions.device)
-        distinct, which = lengths.unique(return_inverse=True)
+        distinct, which = torch.unique(lengths, return_inverse=True)
         table = torch.stack([self.frequencies(int(length)) for length in distinct.tolist()])
         return scaled * table.to(positions.device)[which]

@@ -28,7 +28,7 @@ SDPA_BLOCK_TOKENS = 1024
 """Query tokens of one call with an explicit mask, whose memory is this times the keys."""
 
 LOWEST_SUM, HIGHEST_SUM = 2.0**-64, 2.0**96
-"""Sums of unnormalised weights that are trusted: what float32's and bfloat16's range cuts off is then below rounding."""
+"""Sums of unnormalised weights that are trusted: what the range of float32 and bfloat16 cuts off is below rounding."""
 
 
 class Attention(Protocol):
@@ -36,7 +36,7 @@ class Attention(Protocol):
     """What queries are multiplied by before they come here."""
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, families: Sequence[Family]) -> Tensor:
-        """`[T, G * R * D]` from queries `[G, T, R, D]`, all of which `families` cover, keys and values `[G, any, D]`."""
+        """`[T, G * R * D]` from queries `[G, T, R, D]`, all in `families`, and keys and values `[G, any, D]`."""
         ...
 
 
@@ -147,8 +147,8 @@ def _segments(
             if not len(family.prefix):
                 yield segment, 0, keys[:, own], values[:, own]
                 continue
-            joined = (torch.cat([part[:, prefix], part[:, own]], 1) for part in (keys, values))
-            yield segment, len(family.prefix), *joined
+            all_keys = torch.cat([keys[:, prefix], keys[:, own]], 1)
+            yield segment, len(family.prefix), all_keys, torch.cat([values[:, prefix], values[:, own]], 1)
 
 
 def _blocks(segment: Segment, n_keys: int, max_tokens: int) -> Iterator[tuple[Span, int]]:

@@ -17,7 +17,7 @@ from polar_ray.config import RopeBase
 from polar_ray.engines.torch.attention import attention_for
 from polar_ray.engines.torch.layout import Packed
 from polar_ray.engines.torch.linear import Linear, linear_kind
-from polar_ray.model.architecture import CheckpointConfig, split_wqkv
+from polar_ray.model.architecture import split_wqkv
 from polar_ray.model.checkpoint import Checkpoint
 from polar_ray.model.rope import Rope
 
@@ -88,7 +88,7 @@ class Decoder:
             part = slice(start, min(start + self._chunk, n_tokens))
             normed = self._norm(x_TH[part], layer.attention_norm, self._dtype)
             rotated = _rotate(layer.query(normed), scaled[part], config.head_dim)
-            queries[:, part].copy_(rotated.unflatten(1, (shape[0], shape[2])).transpose(0, 1))
+            queries[:, part].copy_(rotated.view(-1, shape[0], *shape[2:]).transpose(0, 1))
         return queries
 
     def _keys_values(self, layer: Layer, x_TH: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,7 +102,7 @@ class Decoder:
             normed = self._norm(x_TH[part], layer.attention_norm, self._dtype)
             key, value = layer.key_value(normed).chunk(2, -1)
             keys[:, part].copy_(_rotate(key, turn[part], config.head_dim).transpose(0, 1))
-            values[:, part].copy_(value.unflatten(1, (shape[0], shape[2])).transpose(0, 1))
+            values[:, part].copy_(value.view(-1, shape[0], shape[2]).transpose(0, 1))
         return keys, values
 
     def _finish(self, layer: Layer, x_TH: Tensor, mixed_TH: Tensor) -> None:
@@ -128,14 +128,14 @@ def _rotate(x: Tensor, turn: Tensor, head_dim: int) -> Tensor:
 
     Pairs lie side by side, as `_side_by_side` has ordered the weights.
     """
-    pairs = x.float().unflatten(1, (-1, head_dim // 2, 2))
+    pairs = x.float().view(len(x), -1, head_dim // 2, 2)
     return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(2)
 
 
 def _side_by_side(weight: Tensor, head_dim: int) -> Tensor:
     """Rows of each head reordered from `(i, i + D / 2)` pairs to neighbours; scores between queries and keys that are
     both reordered stay the same, and a rotation becomes one complex product."""
-    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(weight.shape)
+    return weight.view(-1, 2, head_dim // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
 def _read_layer(checkpoint: Checkpoint, number: int, dtype: torch.dtype, device: torch.device) -> Layer:

@@ -58,8 +58,10 @@ class Packed:
     """Attention of the tokens at `last_S` alone: `queries` are places in `last_S`."""
 
     def to(self, device: torch.device) -> Packed:
-        moved = (tensor.to(device) for tensor in (self.ids_T, self.positions_T, self.lengths_T, self.last_S))
-        return Packed(*moved, self.every_token, self.last_tokens)
+        ids_T, positions_T, lengths_T, last_S = (
+            tensor.to(device) for tensor in (self.ids_T, self.positions_T, self.lengths_T, self.last_S)
+        )
+        return Packed(ids_T, positions_T, lengths_T, last_S, self.every_token, self.last_tokens)
 
 
 def pack(batch: Batch, max_shared_length: int | None = None) -> Packed:

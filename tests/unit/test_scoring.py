@@ -1,0 +1,118 @@
+"""The scorer: order, duplicates, and a failing row that never takes its neighbours with it."""
+
+import numpy as np
+import pytest
+
+from polar_ray.config import EngineConfig, LimitsConfig
+from polar_ray.encoding.encode import Encoder
+from polar_ray.engines.fake import FakeEngine
+from polar_ray.errors import EngineError, EngineProtocolError, TripleError
+from polar_ray.scoring import Scorer
+from polar_ray.triples import Scored, Triple
+from tests.support.engines import FaultyEngine, contains
+
+PROMPT = "Explain in one paragraph why the sky is blue, for a child of ten who likes to know how things work."
+OUTPUTS = ["Because air scatters blue light most.", "Because of the sea.", "POISON in here.", "It reflects space."]
+
+
+def triples(outputs=OUTPUTS):
+    return [
+        Triple(PROMPT, "Air scatters blue light more than red light.", output, id=str(n))
+        for n, output in enumerate(outputs)
+    ]
+
+
+@pytest.fixture
+def scorer(small_tokenizer):
+    with Scorer(Encoder(small_tokenizer, LimitsConfig()), FakeEngine(token_budget=4096)) as scorer:
+        yield scorer
+
+
+def faulty(tokenizer, fault):
+    engine = FaultyEngine(fault, contains(tokenizer, "POISON"))
+    return Scorer(Encoder(tokenizer, LimitsConfig()), engine), engine
+
+
+def test_rewards_come_back_in_order_with_their_ids(scorer):
+    together = scorer.score(triples())
+    alone = [scorer.score([triple])[0] for triple in triples()]
+    assert together == alone
+    assert [row.id for row in together] == ["0", "1", "2", "3"]
+    assert len({row.reward for row in together}) == 4
+
+
+def test_nothing_in_nothing_out(scorer):
+    assert scorer.score([]) == []
+
+
+def test_identical_triples_are_computed_once_and_answered_each(scorer):
+    rows = scorer.score(triples([*OUTPUTS, OUTPUTS[0], OUTPUTS[0]]))
+    assert rows[0].reward == rows[4].reward == rows[5].reward
+    assert scorer.usage.duplicates == 2
+    assert scorer.usage.rows == 6
+    assert scorer.usage.tokens == sum(row.tokens for row in rows)
+    assert scorer.usage.computed_tokens < scorer.usage.tokens / 2
+
+
+def test_an_error_in_place_of_a_triple_becomes_its_rows_status(scorer):
+    rows = scorer.score([triples()[0], TripleError("output: found null"), triples()[1]])
+    assert [row.status for row in rows] == ["ok", "triple_invalid", "ok"]
+    assert rows[1] == Scored(None, "triple_invalid", "output: found null")
+
+
+def test_a_row_that_cannot_be_encoded_keeps_its_place(scorer):
+    rows = scorer.score([Triple("p", "r", ""), triples()[0]])
+    assert [row.status for row in rows] == ["triple_empty", "ok"]
+    assert rows[1].reward == scorer.score(triples()[:1])[0].reward
+
+
+@pytest.mark.parametrize(
+    ("fault", "status"), [("raise", "engine_failed"), ("nan", "reward_not_finite"), ("short", "engine_protocol")]
+)
+def test_the_row_at_fault_is_found_and_its_neighbours_keep_their_rewards(small_tokenizer, scorer, fault, status):
+    expected = [row.reward for row in scorer.score(triples())]
+    broken, _ = faulty(small_tokenizer, fault)
+    rows = broken.score(triples())
+    assert [row.status for row in rows] == ["ok", "ok", status, "ok"]
+    assert [row.reward for row in rows] == [*expected[:2], None, expected[3]]
+    assert rows[2].detail
+    assert rows[2].tokens > 0
+
+
+def test_a_fault_among_many_costs_few_calls(small_tokenizer):
+    broken, engine = faulty(small_tokenizer, "raise")
+    rows = broken.score(triples([f"answer number {n}" for n in range(63)] + ["POISON"]))
+    assert sum(row.is_ok for row in rows) == 63
+    assert len(engine.calls) <= 2 * 7 + 1
+
+
+def test_a_nan_that_only_neighbours_cause_is_cured_by_scoring_alone(small_tokenizer, scorer):
+    class Contagious(FakeEngine):
+        def score(self, batch):
+            rewards = super().score(batch)
+            return rewards if batch.is_single else np.full_like(rewards, np.nan)
+
+    rows = Scorer(Encoder(small_tokenizer, LimitsConfig()), Contagious(token_budget=4096)).score(triples())
+    assert [row.reward for row in rows] == [row.reward for row in scorer.score(triples())]
+
+
+def test_on_batch_is_called_as_work_is_done(small_tokenizer):
+    seen = []
+    scorer = Scorer(Encoder(small_tokenizer, LimitsConfig()), FakeEngine(token_budget=64))
+    scorer.score(triples(), lambda: seen.append(scorer.usage.rows))
+    assert seen == sorted(seen)
+    assert seen[-1] == 4
+    assert len(seen) > 1
+
+
+def test_errors_are_engine_errors():
+    assert issubclass(EngineProtocolError, EngineError)
+
+
+def test_the_embedded_model_scores_with_the_torch_engine():
+    with Scorer.open() as scorer:
+        shared = scorer.score(triples())
+    with Scorer.open(engine=EngineConfig(share_prefixes=False)) as scorer:
+        alone = [scorer.score([triple])[0] for triple in triples()]
+    assert all(row.is_ok for row in shared)
+    assert np.allclose([row.reward for row in shared], [row.reward for row in alone], atol=1e-4)
