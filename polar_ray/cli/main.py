@@ -18,6 +18,8 @@ from polar_ray.errors import PolarRayError
 INTERRUPTED = 130
 """The shell's exit code for Ctrl-C: 128 and SIGINT."""
 
+WRONG_USAGE = 2
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -42,18 +44,16 @@ def main() -> None:
     """Run the command line. Exit code 0: done, 1: a run failed, 2: something must be changed first, 130: Ctrl-C."""
     complaints = Console(stderr=True, highlight=False)
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except PolarRayError as error:
         if "--debug" in sys.argv:
             raise
         complaints.print(f"[bold red]error[/] ({error.code}): ", end="")
         complaints.print(str(error), markup=False, soft_wrap=True)
-        raise SystemExit(error.exit_code) from None
-    except click.exceptions.Exit as done:
-        raise SystemExit(done.exit_code) from None
+        code = error.exit_code
     except click.ClickException as error:
         error.show()
-        raise SystemExit(2) from None
+        code = WRONG_USAGE
     except (KeyboardInterrupt, click.Abort):
-        complaints.print("interrupted")
-        raise SystemExit(INTERRUPTED) from None
+        code = INTERRUPTED
+    raise SystemExit(code)

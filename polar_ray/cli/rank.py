@@ -108,10 +108,10 @@ def rank(
             console.print()
     notes = Console(highlight=False, stderr=as_json)
     if has_persons:
-        notes.print(_agreement(groups), soft_wrap=True)
+        notes.print(_agreement(groups))
     if 0 < max_groups < len(groups):
         left_out = f"{len(groups) - max_groups:,} of {len(groups):,} prompts are not shown; --max-groups 0 shows all"
-        notes.print(left_out, style="dim", soft_wrap=True)
+        notes.print(left_out, style="dim")
 
 
 def read_groups(
@@ -242,11 +242,20 @@ def _as_dict(group: Group, top: int | None, has_persons: bool) -> dict[str, Any]
 
 
 def _print_group(console: Console, group: Group, top: int | None, has_persons: bool) -> None:
-    for heading in (
-        Text(_one_line(group.prompt), "bold"),
-        Text.assemble(("reference ", "dim"), _one_line(group.reference)),
-    ):
+    prompt = Text(_one_line(group.prompt), "bold")
+    reference = Text.assemble(("reference ", "dim"), _one_line(group.reference))
+    for heading in (prompt, reference):
         console.print(heading, no_wrap=True, overflow="ellipsis")
+    ranked = group.ranked()
+    console.print(_table(ranked, top, has_persons))
+    if top is not None and len(ranked) > top:
+        console.print(f"{len(ranked) - top:,} more not shown", style="dim")
+    if has_persons:
+        correlation = group.spearman()
+        console.print(f"Spearman {'–' if correlation is None else f'{correlation:z.3f}'}", style="dim")
+
+
+def _table(ranked: Sequence[tuple[int | None, Row]], top: int | None, has_persons: bool) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", expand=True)
     table.add_column("rank", justify="right")
     table.add_column("", width=BAR_CELLS, style="cyan")
@@ -254,31 +263,24 @@ def _print_group(console: Console, group: Group, top: int | None, has_persons: b
     if has_persons:
         table.add_column("person", justify="right")
     table.add_column("output", ratio=1, no_wrap=True, overflow="ellipsis")
-    ranked = group.ranked()
-    rewards = [row.reward for row in group.rows if row.reward is not None]
+    rewards = [row.reward for _, row in ranked if row.reward is not None]
     for place, row in ranked[:top]:
         person = ["–" if row.person is None else f"{row.person:g}"] if has_persons else []
         if row.reward is None:
             output = Text.assemble((row.status, "red"), " ", (_one_line(row.output), "dim"))
             table.add_row("–", "", "–", *person, output)
         else:
-            bar = _bar(row.reward, min(rewards), max(rewards))
-            table.add_row(str(place), bar, f"{row.reward:.3f}", *person, Text(_one_line(row.output)))
-    console.print(table)
-    if top is not None and len(ranked) > top:
-        console.print(f"{len(ranked) - top:,} more not shown", style="dim")
-    if has_persons:
-        correlation = group.spearman()
-        known = "–" if correlation is None else f"{correlation:.3f}"
-        console.print(f"Spearman {known}", style="dim")
+            bar = _bar(row.reward, rewards[-1], rewards[0])
+            table.add_row(str(place), bar, f"{row.reward:z.3f}", *person, Text(_one_line(row.output)))
+    return table
 
 
 def _agreement(groups: Iterable[Group]) -> str:
     """The mean over all prompts, shown or not."""
     correlations = [value for group in groups if (value := group.spearman()) is not None]
     if not correlations:
-        return "mean Spearman –: no prompt has two outputs with different rewards and different ranks"
-    return f"mean Spearman {math.fsum(correlations) / len(correlations):.3f} over {len(correlations):,} prompts"
+        return "mean Spearman –: no prompt has two different rewards with different ranks"
+    return f"mean Spearman {math.fsum(correlations) / len(correlations):z.3f} over {len(correlations):,} prompts"
 
 
 def _bar(reward: float, lowest: float, highest: float) -> str:

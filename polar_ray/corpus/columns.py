@@ -30,6 +30,13 @@ def check_schema(schema: pa.Schema, columns: ColumnsConfig, source: str, *, any_
 
     `any_type` is for formats whose values have types of their own, row by row.
     """
+    for field, column in {**columns.fields, "wrapper": columns.wrapper}.items():
+        if schema.names.count(column) > 1:
+            raise SchemaError(
+                f"{source}: {schema.names.count(column)} columns are called {column!r}; the {field} needs one with a "
+                f"name of its own",
+                column=column,
+            )
     for field, column in columns.fields.items():
         if column not in schema.names:
             raise SchemaError(
@@ -63,7 +70,8 @@ def detect_message_json(table: pa.Table, columns: ColumnsConfig) -> frozenset[st
     for field, column in columns.fields.items():
         values = [value for value in read_column(table, column, table.num_rows) if not isinstance(value, TripleError)]
         texts = [value for value in values[:DETECTION_ROWS] if value is not None]
-        if texts and all(isinstance(value, str) and _as_messages(value) is not None for value in texts):
+        messages = [_as_messages(value) if isinstance(value, str) else None for value in texts]
+        if any(messages) and None not in messages:  # an empty list says nothing about the column
             found.add(field)
     return frozenset(found)
 
@@ -101,13 +109,15 @@ def read_column(table: pa.Table, column: str, rows: int) -> list[Any]:
     if column not in table.column_names:
         return [None] * rows
     values = table.column(column)
+    if isinstance(values.type, pa.BaseExtensionType):
+        values = values.cast(values.type.storage_type)
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
     if _is_string(values.type) or _is_binary(values.type):
         return _decode_strings(values, column)
     try:
         return list(values.to_pylist())
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError):
         return [_attempt(_decode_nested, value, column) for value in values]
 
 
@@ -137,6 +147,8 @@ def _decode_nested(value: pa.Scalar, column: str) -> Any:
         return value.as_py()
     except UnicodeDecodeError as error:
         raise RowUnreadable(f"{column}: a message is not UTF-8 ({error.reason}); repair it", field=column) from None
+    except (ValueError, OverflowError) as error:  # a date or duration that Python has no object for
+        raise RowUnreadable(f"{column}: a message cannot be read ({error}); repair it", field=column) from None
 
 
 def _parse_row(row: dict[str, Any] | TripleError, message_json: frozenset[str]) -> Triple:
@@ -159,21 +171,20 @@ def _parse_field(value: Any, field: str, is_json: bool) -> Text:
         raise TripleError(
             f"{field}: the column holds JSON lists of messages, but this row's text is not one", field=field
         )
-    return messages
+    return parse_text(messages, field)
 
 
 def _as_messages(text: str) -> list[dict[str, Any]] | None:
-    """The message list that `text` spells in JSON, if it does."""
+    """The list of objects with a role or content that `text` spells in JSON, if it does; whether they are whole
+    messages is for `parse_text` to say."""
     if not text.lstrip().startswith("["):
         return None
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # a model that repeats itself writes thousands of brackets
         return None
-    is_list = (
-        isinstance(value, list)
-        and value
-        and all(isinstance(message, dict) and isinstance(message.get("content"), str) for message in value)
+    is_list = isinstance(value, list) and all(
+        isinstance(message, dict) and message.keys() & {"role", "content"} for message in value
     )
     return value if is_list else None
 
@@ -196,6 +207,8 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 def _holds_text(kind: pa.DataType) -> bool:
     """Whether values of this type can be a field: text, bytes of text, messages; an all-null column is of type null."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _holds_text(kind.storage_type)
     if pa.types.is_dictionary(kind):
         return _holds_text(kind.value_type)
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):

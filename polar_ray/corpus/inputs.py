@@ -25,7 +25,7 @@ Format = Literal["parquet", "jsonl"]
 
 FORMATS: dict[str, Format] = {".parquet": "parquet", ".pq": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 
-HIVE_PART = re.compile(r"[^=/]+=[^/]*")
+HIVE_PART = re.compile(r"[^=/._][^=/]*=[^/]*")
 
 LISTING_THREADS = 16
 """Footers are small reads: on an object store the wait, not the work, is what takes time."""
@@ -73,7 +73,7 @@ def list_inputs(inputs: Sequence[str]) -> list[InputFile]:
 
     Raises `InputError` for an input that matches nothing, a file of unknown format, or one that is named twice.
     """
-    if not inputs:
+    if not inputs or not all(inputs):
         raise InputError("no input given; name a Parquet or JSONL file, a folder, a glob or a URL")
     files = [file for given in inputs for file in _list_one(given)]
     seen: set[str] = set()
@@ -135,10 +135,10 @@ def cut_rows(row_groups: Iterable[int], unit_rows: int) -> list[Slice]:
 
 
 def _list_one(given: str) -> list[InputFile]:
-    if _is_glob(given):
+    if _is_glob(given) and not os.path.exists(given):
         return _list_glob(given)
-    location = Location(given).absolute()
     try:
+        location = Location(given).absolute()
         info = location.info()
         if info.type == fs.FileType.NotFound:
             raise InputError(f"{given}: no such file or folder")
@@ -154,14 +154,14 @@ def _list_one(given: str) -> list[InputFile]:
 
 
 def _list_glob(given: str) -> list[InputFile]:
-    scheme, separator, path = given.rpartition("://")
+    url, question, query = given.partition("?") if "://" in given else (given, "", "")
+    scheme, separator, path = url.rpartition("://")
     parts = path.split("/")
     fixed = next(place for place, part in enumerate(parts) if _is_glob(part))
     folder = "/".join(parts[:fixed]) or ("/" if path.startswith("/") else ".")
-    base = Location(scheme + separator + folder).absolute()
-    pattern = re.compile(_glob_to_regex("/".join(parts[fixed:])))
     try:
-        matches = [info for info in base.walk() if pattern.fullmatch(os.path.relpath(info.path, base.path))]
+        base = Location(scheme + separator + folder + question + query).absolute()
+        matches = [info for info in base.walk() if _matches(_parts_below(base, info), parts[fixed:])]
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{given}: cannot be listed ({error})") from None
     if not matches:
@@ -170,9 +170,13 @@ def _list_glob(given: str) -> list[InputFile]:
 
 
 def _below(base: Location, info: fs.FileInfo) -> InputFile:
-    relative = os.path.relpath(info.path, base.path)
-    location = base.join(*PurePosixPath(relative).parts)
-    return _input_file(location, info, location.url, _partition_of(relative))
+    parts = _parts_below(base, info)
+    location = base.join(*parts)
+    return _input_file(location, info, location.url, _partition_of("/".join(parts)))
+
+
+def _parts_below(base: Location, info: fs.FileInfo) -> tuple[str, ...]:
+    return PurePosixPath(os.path.relpath(info.path, base.path)).parts
 
 
 def _input_file(location: Location, info: fs.FileInfo, given: str, partition: str) -> InputFile:
@@ -187,7 +191,7 @@ def _format_of(path: str) -> Format | None:
 
 
 def _partition_of(path: str) -> str:
-    """The trailing run of `key=value` folders of a file's path."""
+    """The trailing run of `key=value` folders of a file's path; a hidden one would hide the output as well."""
     folders = PurePosixPath(path).parts[:-1]
     run: list[str] = []
     for folder in reversed(folders):
@@ -202,16 +206,14 @@ def _is_glob(text: str) -> bool:
     return any(mark in text for mark in ("*[" if "://" in text else "*?["))
 
 
-def _glob_to_regex(pattern: str) -> str:
-    """A path pattern as a regular expression: `*` stays within a folder, `**` does not."""
-    translated = []
-    for part in pattern.split("/"):
-        if part == "**":
-            translated.append("(?:[^/]+/)*")
-        else:
-            inner = fnmatch.translate(part).removeprefix("(?s:").removesuffix(r")\Z").replace(".*", "[^/]*")
-            translated.append(inner + "/")
-    return "".join(translated).removesuffix("/")
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a path fits a pattern, both in parts: `*` stays within a name, `**` stands for any number of folders,
+    and at the end for everything below."""
+    if not pattern or not parts:
+        return not pattern and not parts
+    if pattern[0] != "**":
+        return fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+    return len(pattern) == 1 or any(_matches(parts[skip:], pattern[1:]) for skip in range(len(parts)))
 
 
 def _examine_parquet(file: InputFile, unit_rows: int) -> tuple[pa.Schema, list[Slice]]:

@@ -19,6 +19,15 @@ from polar_ray.errors import RowUnreadable, TripleError
 LINE_COLUMN = "unreadable_line"
 """Output column with the raw text of lines that are not JSON objects; present only in files that have such lines."""
 
+MOST_LEVELS = 32
+"""Lists and objects within one another in a column's type. Parquet readers refuse types of more than about 48."""
+
+MOST_NESTED = 500
+"""Deeper lines are refused, before Python's own limit, which depends on the caller, ends a process."""
+
+EXACT = 1 << 53
+"""Integers up to here are exact as floats."""
+
 Row = dict[str, Any] | TripleError
 
 
@@ -33,16 +42,64 @@ class Block:
 
 
 @dataclass
+class Seen:
+    """What kinds of value a column has, and so its type; the same however its rows are cut into blocks."""
+
+    kinds: set[str] = field(default_factory=set)
+    items: Seen | None = None
+    fields: dict[str, Seen] = field(default_factory=dict)
+
+    def add(self, value: Any, level: int = 0) -> None:
+        if value is None:
+            return
+        kind = type(value).__name__
+        if kind == "int" and not -EXACT <= value <= EXACT:
+            kind = "long" if -(1 << 63) <= value < 1 << 63 else "huge"
+        if level > MOST_LEVELS or (kind == "dict" and not all(map(_is_text, value))):
+            kind = "odd"
+        self.kinds.add(kind)
+        if kind == "list":
+            self.items = self.items or Seen()
+            for item in value:
+                self.items.add(item, level + 1)
+        elif kind == "dict":
+            for key, item in value.items():
+                self.fields.setdefault(key, Seen()).add(item, level + 1)
+
+    @property
+    def type(self) -> pa.DataType | None:
+        """The type that holds every value unchanged, and that Parquet can hold; None if there is none."""
+        if not self.kinds:
+            return pa.null()
+        if self.kinds == {"list"}:
+            item = self.items.type if self.items else None
+            return None if item is None else pa.list_(item)
+        if self.kinds == {"dict"}:
+            types = {name: seen.type for name, seen in self.fields.items()}
+            return pa.struct(types) if types and None not in types.values() else None
+        return next((kind for kinds, kind in SCALARS if self.kinds <= kinds), None)
+
+
+SCALARS = (
+    (frozenset({"bool"}), pa.bool_()),
+    (frozenset({"int", "long"}), pa.int64()),
+    (frozenset({"int", "float"}), pa.float64()),
+    (frozenset({"str"}), pa.string()),
+)
+
+
+@dataclass
 class Scan:
-    """A file's blocks, and the types that hold every value of it. A type of None: the values agree on none."""
+    """A file's blocks, and what was seen in its columns."""
 
     blocks: list[Block] = field(default_factory=list)
-    types: dict[str, pa.DataType | None] = field(default_factory=dict)
+    columns: dict[str, Seen] = field(default_factory=dict)
 
     @property
     def schema(self) -> pa.Schema:
-        """Columns in order of appearance; where the values agree on no type, their JSON text as strings."""
-        return pa.schema([(name, pa.string() if kind is None else kind) for name, kind in self.types.items()])
+        """Columns in order of appearance; where no type holds every value, their JSON text as strings."""
+        types = {name: seen.type for name, seen in self.columns.items()}
+        return pa.schema({name: pa.string() if kind is None else kind for name, kind in types.items()})
 
 
 def scan(location: Location, block_rows: int) -> Scan:
@@ -70,14 +127,9 @@ def read_block(location: Location, offset: int, end: int, schema: pa.Schema) -> 
         raw = stream.read(end - offset)
     lines = [line for line in raw.split(b"\n") if line.strip()]
     rows = [parse_line(line) for line in lines]
-    table = pa.table([_to_array(rows, name, schema.field(name).type) for name in schema.names], schema=schema)
-    if LINE_COLUMN in schema.names:
-        texts = [
-            line.decode(errors="replace") if isinstance(row, TripleError) else None
-            for line, row in zip(lines, rows, strict=True)
-        ]
-        table = table.set_column(schema.names.index(LINE_COLUMN), LINE_COLUMN, pa.array(texts, pa.string()))
-    return table, rows
+    whole = [_with_line(row, line) for row, line in zip(rows, lines, strict=True)]
+    arrays = [_to_array([row.get(name) for row in whole], schema.field(name).type) for name in schema.names]
+    return pa.table(arrays, schema=schema), rows
 
 
 def parse_line(line: bytes) -> Row:
@@ -88,6 +140,10 @@ def parse_line(line: bytes) -> Row:
         return RowUnreadable(f"this line is not JSON ({error}); repair it")
     if not isinstance(value, dict):
         return RowUnreadable(f"expected a JSON object on this line, found {type(value).__name__}")
+    if line.count(b"[") + line.count(b"{") > MOST_NESTED and _is_deep(value):
+        return RowUnreadable(f"more than {MOST_NESTED} lists and objects within one another; flatten them")
+    if not all(map(_is_text, value)):
+        return RowUnreadable("a key of this object holds a lone surrogate; repair it")
     return value
 
 
@@ -104,42 +160,49 @@ def _lines(stream: pa.NativeFile) -> Iterator[bytes]:
 
 def _add_block(result: Scan, lines: Sequence[bytes], block: Block) -> None:
     result.blocks.append(block)
-    rows = [parse_line(line) for line in lines]
-    for name in dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row):
-        inferred = _infer([row.get(name) for row in rows if isinstance(row, dict)])
-        result.types[name] = _unify(result.types[name], inferred) if name in result.types else inferred
-    if any(isinstance(row, TripleError) for row in rows):
-        result.types.setdefault(LINE_COLUMN, pa.string())
+    for line in lines:
+        for name, value in _with_line(parse_line(line), line).items():
+            result.columns.setdefault(name, Seen()).add(value)
 
 
-def _infer(values: list[Any]) -> pa.DataType | None:
-    try:
-        return pa.array(values).type
-    except (pa.ArrowException, UnicodeEncodeError, OverflowError):
-        return pa.string() if all(value is None or isinstance(value, str) for value in values) else None
+def _with_line(row: Row, line: bytes) -> dict[str, Any]:
+    """A row's columns: its own, or the line that is no object."""
+    return {LINE_COLUMN: line.decode(errors="replace").strip()} if isinstance(row, TripleError) else row
 
 
-def _unify(one: pa.DataType | None, other: pa.DataType | None) -> pa.DataType | None:
-    if one is None or other is None:
-        return None
-    try:
-        schemas = [pa.schema([("value", kind)]) for kind in (one, other)]
-        return pa.unify_schemas(schemas, promote_options="permissive").field("value").type
-    except pa.ArrowException:
-        return None
-
-
-def _to_array(rows: Sequence[Row], name: str, kind: pa.DataType) -> pa.Array:
-    values = [row.get(name) if isinstance(row, dict) else None for row in rows]
+def _to_array(values: list[Any], kind: pa.DataType) -> pa.Array:
     try:
         return pa.array(values, kind)
-    except (pa.ArrowException, UnicodeEncodeError, OverflowError, TypeError):
-        return pa.array([_as_string(value) for value in values], pa.string())
+    except (pa.ArrowException, UnicodeEncodeError):
+        is_string = pa.types.is_string(kind)
+        return pa.array([as_text(value) if is_string else _repaired(value) for value in values], kind)
 
 
-def _as_string(value: Any) -> str | None:
+def as_text(value: Any) -> str | None:
     """A value as text that Arrow can hold: JSON unless it is a string; lone surrogates become `?`."""
     if value is None:
         return None
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text.encode(errors="replace").decode()
+
+
+def _repaired(value: Any) -> Any:
+    """The value with `?` for every lone surrogate in it."""
+    if isinstance(value, list):
+        return [_repaired(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _repaired(item) for key, item in value.items()}
+    return as_text(value) if isinstance(value, str) else value
+
+
+def _is_text(text: str) -> bool:
+    """Whether there is no lone surrogate in it."""
+    return text.isascii() or text == text.encode(errors="replace").decode()
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MOST_NESTED):
+        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list))]
+        level = [item for items in inner for item in items]
+    return bool(level)

@@ -7,9 +7,10 @@ can disagree with the files.
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 from pyarrow import fs
@@ -24,7 +25,8 @@ from polar_ray.receipts import Receipt
 FOLDER = "_polar_ray"
 """Below the output folder; readers of Parquet folders pass over names that begin with an underscore."""
 
-VERSION = 1
+LEFTOVER = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+"""What `Location.write_atomically` calls a file until it is whole."""
 
 
 class ManifestFile(Settings):
@@ -65,7 +67,7 @@ class Unit(Settings):
 class Manifest(Settings):
     """The list of units of a job. A unit's place in `units` is its index."""
 
-    version: int = VERSION
+    version: Literal[1] = 1
     receipt: Receipt
     columns: ColumnsConfig
     message_json: tuple[str, ...]
@@ -81,7 +83,8 @@ class Manifest(Settings):
     def part(self, index: int) -> str:
         """Path of a unit's file below the output folder. Sorted by name, files of a folder are in input order."""
         partition = self.files[self.units[index].file].partition
-        name = f"part-{index:06d}.parquet"
+        digits = max(6, len(str(len(self.units) - 1)))
+        name = f"part-{index:0{digits}d}.parquet"
         return f"{partition}/{name}" if partition else name
 
     def describe(self, index: int) -> str:
@@ -196,6 +199,7 @@ def discard_job(output: Location) -> None:
         return
     for part in sorted({manifest.part(unit.index) for unit in manifest.units} & finished_parts(output)):
         output.join(*part.split("/")).delete()
+    discard_leftovers(output)
     output.join(FOLDER).delete()
 
 
@@ -205,7 +209,7 @@ def discard_leftovers(output: Location) -> None:
         return
     selector = fs.FileSelector(output.path, recursive=True, allow_not_found=True)
     for info in output.filesystem.get_file_info(selector):
-        if info.is_file and info.base_name.startswith(".") and info.base_name.endswith(".tmp"):
+        if info.is_file and LEFTOVER.fullmatch(info.base_name):
             output.filesystem.delete_file(info.path)
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 import numpy as np
 from markupsafe import Markup
@@ -84,16 +85,13 @@ def gather(bins: Mapping[int, int]) -> Bars:
     step = 1
     while high // step - low // step >= MOST_BARS:
         step *= 2
-    counts = [0] * (high // step - low // step + 1)
+    first, stop = low // step * step, (high // step + 1) * step
+    counts = [0] * ((stop - first) // step)
     for place, count in bins.items():
-        counts[min(max(place, low), high) // step - low // step] += count
-    return Bars(
-        first=low // step * step,
-        step=step,
-        counts=counts,
-        below=sum(count for place, count in bins.items() if place < low),
-        above=sum(count for place, count in bins.items() if place > high),
-    )
+        counts[(min(max(place, first), stop - 1) - first) // step] += count
+    below = sum(count for place, count in bins.items() if place < first)
+    above = sum(count for place, count in bins.items() if place >= stop)
+    return Bars(first, step, counts, below, above)
 
 
 def quantile(bins: Mapping[int, int], share: float) -> float:
@@ -180,9 +178,17 @@ def _thinned(first: int, last: int, most: int) -> list[int]:
     return list(range(first, last + 1, stride))
 
 
-def draw_rates(history: Trace, areas: Mapping[str, Floats], *, title: str, unit: str) -> Markup:
-    """Areas over the time that was worked, one for each class in `areas`, from back to front."""
-    top = max(float(rates.max()) for rates in areas.values()) or 1.0
+class Area(NamedTuple):
+    """A rate for each bucket of a history: its style class, its unit and its values."""
+
+    kind: str
+    unit: str
+    rates: Floats
+
+
+def draw_rates(history: Trace, areas: Sequence[Area], *, title: str) -> Markup:
+    """Areas over the time that was worked, from back to front."""
+    top = max(float(area.rates.max()) for area in areas) or 1.0
     pauses = history.pauses > 0
     widths = history.ends - history.starts
     scale = (RIGHT - LEFT - PAUSE_WIDTH * pauses.sum()) / widths.sum()
@@ -195,11 +201,11 @@ def draw_rates(history: Trace, areas: Mapping[str, Floats], *, title: str, unit:
     ]
     y = _scale(0, top, BOTTOM, TOP)
     parts = [_y_axis(top), *_x_axis(ticks, "time at work")]
-    for kind, rates in areas.items():
-        heights = [y(rate) for rate in rates.tolist()]
-        parts.append(_element("path", d=_skyline(lefts.tolist(), rights.tolist(), heights), class_=kind))
+    for area in areas:
+        heights = [y(rate) for rate in area.rates.tolist()]
+        parts.append(_element("path", d=_skyline(lefts.tolist(), rights.tolist(), heights), class_=area.kind))
     for index, (left, right) in enumerate(zip(lefts, rights, strict=True)):
-        rates_here = ", ".join(f"{number(float(rates[index]))} {kind} {unit}" for kind, rates in areas.items())
+        rates_here = ", ".join(f"{number(float(area.rates[index]))} {area.unit}" for area in areas)
         parts.append(_hoverable(f"{clock(history.starts[index])}: {rates_here}", _box(left, TOP, right, BOTTOM, "hit")))
         if pauses[index]:
             words = f"no work for {human_time(history.pauses[index])}"

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from polar_ray.corpus.history import Trace, trace
 from polar_ray.corpus.plots import (
     SPACE,
+    Area,
     Bars,
     clock,
     decimal,
@@ -203,11 +204,14 @@ def _speeds(history: Trace | None) -> list[Figure]:
     if pauses:
         longest = "" if len(pauses) == 1 else ", the longest"
         span += f" {_plural(len(pauses), 'pause')} without work{longest} of {human_time(pauses[0])}, cut out (striped)."
-    rows = draw_rates(history, {"rows": history.rows}, title="Rows per second over time", unit="rows/s")
+    rows = draw_rates(history, [Area("rows", "rows/s", history.rows)], title="Rows per second over time")
     if not history.tokens.any():
         return [Figure(titles[0], rows, span), Figure(titles[1], Markup(""), "No row could be encoded.")]
-    areas = {"all": history.tokens, "computed": history.computed_tokens}
-    tokens = draw_rates(history, areas, title="Tokens per second over time", unit="tokens/s")
+    areas = [
+        Area("all", "tokens/s of the rows", history.tokens),
+        Area("computed", "tokens/s computed", history.computed_tokens),
+    ]
+    tokens = draw_rates(history, areas, title="Tokens per second over time")
     legend = (("all", "tokens of the rows"), ("computed", "computed"))
     gain = "What lies between the two was saved by sharing."
     return [Figure(titles[0], rows, span), Figure(titles[1], tokens, gain, legend)]

@@ -31,6 +31,12 @@ MOST_BLOCKS = 4096
 
 POLL_SECONDS = 0.25
 
+GRACE_SECONDS = 5.0
+"""For actors to leave by themselves when a job is stopped: enough for a batch on a GPU."""
+
+KILL_SECONDS = 30.0
+"""For Ray Data to notice that its actors were killed."""
+
 OBJECT_STORE_BYTES = 128 << 20
 """Of a cluster started for one job: only numbers of units and their reports pass through it."""
 
@@ -164,7 +170,8 @@ def _drive(job: Job, data: ray.data.Dataset, tracker: Any, show: Show) -> None:
         except BaseException as error:  # whatever it is, it is the main thread's to raise
             arrivals.put(error)
 
-    threading.Thread(target=consume, name="polar-ray-consume", daemon=True).start()
+    consumer = threading.Thread(target=consume, name="polar-ray-consume", daemon=True)
+    consumer.start()
     rows = failed = 0
     try:
         while True:
@@ -179,16 +186,25 @@ def _drive(job: Job, data: ray.data.Dataset, tracker: Any, show: Show) -> None:
                 raise _typed(arrival, tracker) from None
             rows, failed = rows + arrival.rows, failed + arrival.failed
             _stop_a_job_gone_wrong(job, rows, failed)
-    except BaseException:
-        _kill_actors(tracker)
-        raise
+    finally:
+        _end(consumer, tracker)
 
 
-def _kill_actors(tracker: Any) -> None:
-    """Free what a job that is over still holds: on a cluster that lives on, an engine that hangs would keep its GPU."""
+def _end(consumer: threading.Thread, tracker: Any) -> None:
+    """Let go of Ray Data before the cluster goes, and of the engines before somebody else wants their GPUs.
+
+    Actors that make progress leave by themselves; those that hang are killed. A consumer that outlived the
+    connection would open a new one.
+    """
+    if not consumer.is_alive():
+        return
     try:
-        for actor in ray.get(tracker.stop.remote(), timeout=10):
-            ray.kill(actor, no_restart=True)
+        actors = ray.get(tracker.stop.remote(), timeout=GRACE_SECONDS)
+        consumer.join(GRACE_SECONDS)
+        if consumer.is_alive():
+            for actor in actors:
+                ray.kill(actor, no_restart=True)
+            consumer.join(KILL_SECONDS)
     except ray.exceptions.RayError:
         return  # the cluster itself is gone, and the actors with it
 

@@ -10,6 +10,7 @@ import uuid
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
+from urllib.parse import quote
 
 import pyarrow as pa
 from pyarrow import fs
@@ -18,12 +19,22 @@ from polar_ray.errors import InputError
 
 UPLOAD_CHUNK_BYTES = 16 << 20
 
+URI_MARKS = ":/?@!$&'()*+,;=%~"
+"""What stays as it is when a URL is given to pyarrow, which refuses one with a space or a letter beyond ASCII in it."""
+
 
 @dataclass(frozen=True)
 class Location:
     """A path or URL, with the filesystem it lies on. Only the text travels between processes."""
 
     url: str
+
+    def __post_init__(self) -> None:
+        authority = self.url.partition("://")[2].partition("/")[0]
+        if ":" in authority.rpartition("@")[0]:  # abfs://container@account has none
+            raise InputError(
+                "an address with credentials in it would end up in manifests and logs; give them in the environment"
+            )
 
     def __reduce__(self) -> tuple[type[Location], tuple[str]]:
         return Location, (self.url,)
@@ -33,10 +44,14 @@ class Location:
         if "://" not in self.url:
             return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(self.url))
         try:
-            filesystem, path = fs.FileSystem.from_uri(self.url)
+            filesystem, path = fs.FileSystem.from_uri(quote(self.url, safe=URI_MARKS))
             return filesystem, path
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            if "Unrecognized filesystem type" not in str(error):
+                raise InputError(f"{self.url}: not a usable address ({error})") from None
             return self._through_fsspec(error)
+        except OSError as error:
+            raise InputError(f"{self.url}: cannot be reached ({error})") from None
 
     def _through_fsspec(self, arrow_error: Exception) -> tuple[fs.FileSystem, str]:
         import fsspec
@@ -62,11 +77,16 @@ class Location:
 
     def absolute(self) -> Location:
         """The same place by a name that holds in any working directory."""
-        return Location(self.path) if "://" not in self.url else self
+        return Location(self.path) if "://" not in self.url or self.url.startswith("file://") else self
 
     def join(self, *parts: str) -> Location:
-        """The place below this one; a URL's query (an endpoint, say) stays at its end."""
+        """The place below this one; a URL's query (an endpoint, say) stays at its end.
+
+        `parts` are names as they are on the storage; pyarrow unquotes URLs, so in its URLs they are quoted.
+        """
         base, question, query = self.url.partition("?") if "://" in self.url else (self.url, "", "")
+        if "://" in self.url and not isinstance(self.filesystem, fs.PyFileSystem):
+            parts = tuple(quote(part, safe="=") for part in parts)
         return Location("/".join([base.rstrip("/"), *parts]) + question + query)
 
     def info(self) -> fs.FileInfo:

@@ -78,12 +78,17 @@ class _UnitState:
 
 
 class JobTracker:
-    """State of one run of a job. Lives as long as its driver; what must outlive it is in the files."""
+    """State of one run of a job. Lives as long as its driver; what must outlive it is in the files.
+
+    What it does not expect it passes over: it may be a restart that has forgotten, and an actor that Ray gave up for
+    dead may still be talking.
+    """
 
     def __init__(self, most_actors: int = 1) -> None:
         self._most_actors = most_actors
         self._units: dict[int, _UnitState] = {}
         self._done = [0, 0, 0]
+        self._finished: set[int] = set()
         self._starting = 0
         self._handles: list[Any] = []
         self._actors = 0
@@ -123,8 +128,9 @@ class JobTracker:
 
     def mark(self, unit: int, rows: Rows) -> None:
         """These rows are about to go into the engine."""
-        state = self._units[unit]
-        state.in_flight, state.since = rows, time.monotonic()
+        state = self._units.get(unit)
+        if state is not None and rows in state.ranges:
+            state.in_flight, state.since = rows, time.monotonic()
 
     def progress(self, unit: int, rows: int, tokens: int, computed_tokens: int) -> bool:
         """Work done on a unit since the last call. True: stop, the job is over."""
@@ -137,14 +143,18 @@ class JobTracker:
         return self._stopping
 
     def finish(self, unit: int, rows: int, tokens: int, computed_tokens: int) -> None:
-        """A unit's file is written."""
+        """A unit's file is written. Said twice, it counts once."""
         self._units.pop(unit, None)
-        self._done = [a + b for a, b in zip(self._done, (rows, tokens, computed_tokens), strict=True)]
+        if unit not in self._finished:
+            self._finished.add(unit)
+            self._done = [a + b for a, b in zip(self._done, (rows, tokens, computed_tokens), strict=True)]
         self._last_progress = time.monotonic()
 
     def engine_failed(self, unit: int) -> bool:
         """An engine fails on most of a unit. True: a fresh process may try it again."""
-        state = self._units[unit]
+        state = self._units.get(unit)
+        if state is None:
+            return True
         state.in_flight = None  # the process goes on purpose: that is no death of its rows
         state.engine_failures += 1
         return state.engine_failures < ENGINE_FAILURES_BEFORE_GIVING_UP

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,12 +34,15 @@ def read_unit(manifest: Manifest, index: int) -> tuple[pa.Table, list[Triple | T
     """
     unit = manifest.units[index]
     file = manifest.files[unit.file]
-    try:
+    with _reading(manifest.describe(index)):
+        size = Location(file.url).info().size
+        if size not in (file.size, None):
+            raise InputError(
+                f"{manifest.describe(index)}: {size} bytes instead of {file.size}; the file changed under the job"
+            )
         table, triples = _read_slice(
             file.url, file.schema_of_rows, unit.slice, manifest.columns, frozenset(manifest.message_json)
         )
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{manifest.describe(index)}: cannot be read ({error})") from None
     if table.num_rows != unit.rows:
         raise InputError(
             f"{manifest.describe(index)}: {table.num_rows} rows instead of {unit.rows}; the file changed under the job"
@@ -50,24 +54,26 @@ def read_sample(files: Sequence[InputFile], contents: Sequence[Contents], column
     """The first rows of the input, fields of a triple only."""
     file, found = next((file, found) for file, found in zip(files, contents, strict=True) if found.slices)
     names = list(columns.fields.values())
-    location, first = Location(file.url), found.slices[0]
-    if found.schema is not None:
-        table, _ = jsonl.read_block(location, first.offset, first.end, found.schema)
-        return table.select(names).slice(0, DETECTION_ROWS)
-    with location.filesystem.open_input_file(location.path) as stream:
-        parquet = pq.ParquetFile(stream)
-        return pa.Table.from_batches([next(parquet.iter_batches(DETECTION_ROWS, columns=names))])
+    location = Location(file.url)
+    with _reading(file.url):
+        if found.schema is not None:
+            return _sample_jsonl(location, found, names)
+        with location.filesystem.open_input_file(location.path) as stream:
+            parquet = pq.ParquetFile(stream)
+            return pa.Table.from_batches([next(parquet.iter_batches(DETECTION_ROWS, columns=names))])
 
 
 def read_row(given: str, row: int, columns: ColumnsConfig) -> Triple | TripleError:
     """One row of one input file, as a job would read it. Raises `InputError` if there is no such row."""
     (file,) = list_inputs([given])
-    (contents,) = examine([file], columns, unit_rows=1, will_write=False)
-    if row >= len(contents.slices):
-        raise InputError(f"{given}: has rows 0 to {len(contents.slices) - 1}; there is no row {row}")
+    (contents,) = examine([file], columns, READ_ROWS, will_write=False)
+    part = next((part for part in contents.slices if part.start <= row < part.stop), None)
+    if part is None:
+        raise InputError(f"{given}: has rows 0 to {contents.slices[-1].stop - 1}; there is no row {row}")
     fields = detect_message_json(read_sample([file], [contents], columns), columns)
-    _, triples = _read_slice(file.url, contents.schema, contents.slices[row], columns, fields)
-    return triples[0]
+    with _reading(given):
+        _, triples = _read_slice(file.url, contents.schema, part, columns, fields)
+    return triples[row - part.start]
 
 
 def write_unit(
@@ -95,6 +101,31 @@ def read_report(output: Location, manifest: Manifest, index: int) -> UnitReport 
     with place.filesystem.open_input_file(place.path) as stream:
         metadata = pq.read_schema(stream).metadata or {}
     return UnitReport.model_validate_json(metadata[REPORT_KEY])
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{what}: cannot be read ({error})") from None
+
+
+def _sample_jsonl(location: Location, found: Contents, names: Sequence[str]) -> pa.Table:
+    """Strings only: a value that is none, where others are, is no JSON text, and stands as an empty string."""
+    rows: list[jsonl.Row] = []
+    for part in found.slices:
+        rows += jsonl.read_block(location, part.offset, part.end, found.schema)[1]
+        if len(rows) >= DETECTION_ROWS:
+            break
+    objects = [{} if isinstance(row, TripleError) else row for row in rows[:DETECTION_ROWS]]
+    return pa.table(
+        {name: pa.array([_text_or_empty(row.get(name)) for row in objects], pa.string()) for name in names}
+    )
+
+
+def _text_or_empty(value: object) -> str | None:
+    return jsonl.as_text(value) if value is None or isinstance(value, str) else ""
 
 
 def _read_slice(

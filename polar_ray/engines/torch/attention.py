@@ -117,7 +117,7 @@ class BlockAttention:
                         place.copy_(_product(weights, v.mT).view(place.shape))
                         continue
                     total = sums[g : g + step, rows.start : rows.end]
-                    total.copy_(weights.exp2_().sum(-1, dtype=torch.float32).view(total.shape))
+                    total.copy_(weights.exp2_().sum(-1).view(total.shape))
                     mixed = _product(weights, v.mT).view(place.shape)
                     torch.div(mixed, total.unsqueeze(-1), out=place)
         return out.flatten(1)
