@@ -200,7 +200,7 @@ def tokenizer_config(pieces: spm.SentencePieceProcessor) -> dict[str, Any]:
 
 
 def model_config(pieces: spm.SentencePieceProcessor) -> dict[str, Any]:
-    """config.json, with the keys of POLAR-7B's."""
+    """config.json, with the keys of POLAR-7B's; `untrained` makes the command line say what the rewards are worth."""
     return {
         "architectures": ["InternLM2ForRewardModel"],
         "attn_implementation": "eager",
@@ -224,6 +224,7 @@ def model_config(pieces: spm.SentencePieceProcessor) -> dict[str, Any]:
         "rope_theta": 1000000,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
+        "untrained": True,
         "use_cache": True,
         "vocab_size": VOCABULARY_SIZE,
     }

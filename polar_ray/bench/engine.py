@@ -67,8 +67,8 @@ class DtypeResult:
     """All methods in one dtype. Errors are against a float32 run of the `sorted` method."""
 
     dtype: str
-    gemm_flops_per_cpu_s: float
-    """What a bare matrix product of the model's gate shape reaches on the same threads, the best of all rounds."""
+    gemm_flops_per_cpu_s: dict[str, float]
+    """What bare matrix products of the gate's shape reach on the same threads, by kind; the best of all rounds."""
 
     methods: list[Measurement]
 
@@ -106,9 +106,10 @@ def _bench_dtype(folder: Path, sequences: Sequence[Ids], expected: Rewards, dtyp
     }
     for method in methods.values():
         method.run()
-    gemm_rate = 0.0
+    gemm_rates: dict[str, float] = {}
     for _ in range(rounds):
-        gemm_rate = max(gemm_rate, _gemm_rate(model.checkpoint_config, DTYPES[dtype]))
+        for kind, rate in _gemm_rates(model.checkpoint_config, DTYPES[dtype]).items():
+            gemm_rates[kind] = max(rate, gemm_rates.get(kind, 0.0))
         for name, method in methods.items():
             wall, cpu = time.perf_counter(), time.process_time()
             rewards = method.run()
@@ -122,8 +123,8 @@ def _bench_dtype(folder: Path, sequences: Sequence[Ids], expected: Rewards, dtyp
         result.median_cpu_s = statistics.median(result.cpu_s)
         result.tokens_per_s = n_tokens / statistics.median(result.wall_s)
         result.speedup_over_readme = baseline / result.median_cpu_s
-        result.fraction_of_gemm_rate = result.flops / result.median_cpu_s / gemm_rate
-    return DtypeResult(dtype, gemm_rate, list(results.values()))
+        result.fraction_of_gemm_rate = result.flops / result.median_cpu_s / max(gemm_rates.values())
+    return DtypeResult(dtype, gemm_rates, list(results.values()))
 
 
 def _readme_batches(sequences: Sequence[Ids]) -> list[list[int]]:
@@ -208,17 +209,17 @@ def _flops(config: CheckpointConfig, tokens: int, pairs: int, n_rewards: int | N
 
 
 @torch.inference_mode()
-def _gemm_rate(config: CheckpointConfig, dtype: torch.dtype) -> float:
-    """Floating point operations per CPU second of products in the gate's shape, by the faster kind of product."""
+def _gemm_rates(config: CheckpointConfig, dtype: torch.dtype) -> dict[str, float]:
+    """Floating point operations per CPU second of products in the gate's shape, by the kind of product."""
     x = torch.randn(GEMM_TOKENS, config.hidden_size).to(dtype)
     weight = torch.randn(config.intermediate_size, config.hidden_size).to(dtype)
-    rates = []
     kinds: set[type[Linear]] = {PlainLinear, linear_kind(dtype, x.device)}
+    rates = {}
     for kind in kinds:
         product = kind(weight)
         product(x)
         before = time.process_time()
         for _ in range(GEMM_REPEATS):
             product(x)
-        rates.append(GEMM_REPEATS * 2 * x.numel() * len(weight) / (time.process_time() - before))
-    return max(rates)
+        rates[kind.__name__] = GEMM_REPEATS * 2 * x.numel() * len(weight) / (time.process_time() - before)
+    return rates

@@ -96,15 +96,15 @@ def engine(
 
 
 def _table(result: DtypeResult) -> Table:
-    gemm = f"{result.gemm_flops_per_cpu_s / 1e9:.0f} GFLOP per CPU second in bare products"
-    table = Table(title=f"{result.dtype}: {gemm}", title_justify="left", title_style="bold")
+    gemm = f"{max(result.gemm_flops_per_cpu_s.values()) / 1e9:.0f} GFLOP per CPU second in bare products"
+    title = f"{result.dtype}, {result.methods[0].tokens:,} tokens; {gemm}"
+    table = Table(title=title, title_justify="left", title_style="bold", padding=(0, 1, 0, 0), box=None)
     table.add_column("method")
-    for name in ("tokens", "computed", "tokens/s", "CPU s", "x readme", "max error", "rms error", "of GEMM rate"):
-        table.add_column(name, justify="right")
+    for name in ("computed", "tokens/s", "CPU s", "x readme", "max error", "rms error", "of GEMM"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in result.methods:
         table.add_row(
             row.method,
-            f"{row.tokens:,}",
             f"{row.computed_tokens:,}",
             f"{row.tokens_per_s:,.0f}",
             f"{row.median_cpu_s:.2f}",

@@ -31,9 +31,12 @@ def inspect(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show the exact ids and pieces of a triple, what its group shares, what was cut and what was removed.
+    """Show why a triple gets the number it gets.
 
-    [dim]polar-ray inspect scored.parquet#17 --model internlm/POLAR-7B[/]
+    Prints the exact ids and pieces, how many of them every output to the
+    same prompt and reference shares, what limits cut and what was removed.
+
+    [dim]polar-ray inspect scored.parquet#17 --model internlm/POLAR-7B --reward[/]
     """
     settings = load_score_config(config, assignments or (), model=model)
     triple = _read(row, settings)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from polar_ray.cli import bench
 from polar_ray.cli.inspect import inspect
@@ -15,16 +15,27 @@ from polar_ray.cli.rank import rank
 from polar_ray.cli.score import score
 from polar_ray.errors import PolarRayError
 
-INTERRUPTED = 130
-"""The shell's exit code for Ctrl-C: 128 and SIGINT."""
 
-WRONG_USAGE = 2
+class Verbs(TyperGroup):
+    """Runs a verb; an error that polar_ray raised on purpose is one sentence on stderr, not a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PolarRayError as error:
+            if ctx.params["debug"]:
+                raise
+            complaints = Console(stderr=True, highlight=False, soft_wrap=True)
+            complaints.print(f"[bold red]error[/] ({error.code}): ", end="")
+            complaints.print(str(error), markup=False)
+            raise SystemExit(error.exit_code) from None
+
 
 app = typer.Typer(
+    cls=Verbs,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Score text with POLAR reward models: how close an output is to what the author of a reference would write.",
 )
 app.command()(score)
 app.command()(rank)
@@ -33,27 +44,14 @@ app.add_typer(bench.app, name="bench")
 
 
 @app.callback()
-def options(
-    context: typer.Context,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-) -> None:
-    context.obj = {"debug": debug}
+def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    """Score text with POLAR reward models.
+
+    A reward says how close an output is to what the author of a reference
+    would write. Higher is better; only rewards of one model are comparable.
+    """
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Exit code 0: done, 1: a run failed, 2: something must be changed first, 130: Ctrl-C."""
-    complaints = Console(stderr=True, highlight=False)
-    try:
-        code = app(standalone_mode=False)
-    except PolarRayError as error:
-        if "--debug" in sys.argv:
-            raise
-        complaints.print(f"[bold red]error[/] ({error.code}): ", end="")
-        complaints.print(str(error), markup=False, soft_wrap=True)
-        code = error.exit_code
-    except click.ClickException as error:
-        error.show()
-        code = WRONG_USAGE
-    except (KeyboardInterrupt, click.Abort):
-        code = INTERRUPTED
-    raise SystemExit(code)
+    app(None if arguments is None else list(arguments), prog_name="polar-ray")

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from polar_ray.config import load_score_config
+from polar_ray.model.locate import is_untrained, locate_model
 
 COUNTS = (
     "rows",
@@ -29,6 +30,12 @@ COUNTS = (
     "report",
 )
 """What `--json` prints, in this order."""
+
+
+UNTRAINED = (
+    "The weights of this checkpoint are untrained: its rewards are random numbers. They show that everything works, and "
+    "nothing else. Name a trained model with --model."
+)
 
 
 def score(
@@ -53,11 +60,13 @@ def score(
 ) -> None:
     """Score every row of a corpus and write it back with a reward column.
 
-    Rows keep their order and all their columns. Run the same command again after a crash and it finishes only what
-    is missing; run it again after success and it does nothing.
+    Rows keep their order and all their columns. Run the same command again
+    after a crash and it finishes only what is missing; run it again after
+    success and it does nothing.
 
     [dim]polar-ray score triples.parquet --output scored[/]
-    [dim]polar-ray score 's3://corpus/*.parquet' -o s3://corpus/scored --model internlm/POLAR-7B --actors 8[/]
+    [dim]polar-ray score 's3://corpus/*.parquet' -o s3://corpus/scored --model internlm/POLAR-7B[/]
+    [dim]polar-ray score data/ -o scored --set limits.cut_side=left --set unit_rows=1024[/]
     """
     settings = load_score_config(
         config,
@@ -81,6 +90,8 @@ def score(
     except KeyboardInterrupt:
         notes.print("stopped; finished units are kept. Run the same command again to go on.", highlight=False)
         raise
+    if is_untrained(locate_model(settings.model, settings.revision)):
+        notes.print(UNTRAINED, style="yellow")
     values = summary.model_dump()
     if as_json:
         typer.echo(json.dumps({name: values[name] for name in COUNTS}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from polar_ray.config import EMBEDDED_MODEL
@@ -28,6 +29,11 @@ def locate_model(model: str, revision: str | None = None) -> Path:
             f"{model}: no such folder; give a checkpoint's folder or a hub name such as internlm/POLAR-7B"
         )
     return _download(model, revision)
+
+
+def is_untrained(folder: Path) -> bool:
+    """Whether the checkpoint says of itself, in config.json, that its weights are random."""
+    return bool(json.loads((folder / "config.json").read_bytes()).get("untrained", False))
 
 
 def _download(model: str, revision: str | None) -> Path:

@@ -40,9 +40,9 @@ class Attention(Protocol):
         ...
 
 
-def attention_for(dtype: torch.dtype, device: torch.device, head_dim: int) -> Attention:
+def attention_for(dtype: torch.dtype, device: torch.device, head_dim: int, queries_per_key: int) -> Attention:
     if onednn_works(dtype, device.type):
-        return BlockAttention(head_dim)
+        return BlockAttention(dtype, head_dim, queries_per_key)
     return SdpaAttention(head_dim)
 
 
@@ -69,64 +69,53 @@ class SdpaAttention:
 
 
 class BlockAttention:
-    """Products of blocks of rows with all their keys, on a CPU.
+    """Products of blocks of queries with all their keys, on a CPU.
 
-    The flash kernel for CPUs reaches a fifth of the speed of plain products in bfloat16 and half of it in float32.
-    Weights are powers of two without the usual subtraction of each row's largest score, which would read all scores
-    once more; the sums tell afterwards whether any row left the range in which this is exact, and then the whole call
-    is done again with the subtraction.
+    torch's flash kernel for CPUs reaches a fifth of the speed of plain products in bfloat16, and in float32 half of
+    oneDNN's. Weights are powers of two without the usual subtraction of each row's largest score, for which all scores
+    would be read once more. The sums tell afterwards whether a row has left the range in which this is exact; then the
+    call is done again with the subtraction.
     """
 
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self, dtype: torch.dtype, head_dim: int, queries_per_key: int) -> None:
         self.score_scale = math.log2(math.e) * head_dim**-0.5
-        # Masks the keys behind each query; rows are (token, R), so each token's row is repeated by indexing.
-        self._later = torch.full((BLOCK_TOKENS, BLOCK_TOKENS), -math.inf).triu(1)
-        self._masks: dict[tuple[torch.dtype, int], Tensor] = {}
+        later = torch.full((BLOCK_TOKENS, BLOCK_TOKENS), -math.inf).triu(1)
+        self._later = later.repeat_interleave(queries_per_key, 0).to(dtype)
+        """Hides the keys behind each query of a block, `[M, N]`; rows are ordered by token, then R."""
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, families: Sequence[Family]) -> Tensor:
-        sums = torch.empty(queries.shape[:3], dtype=torch.float32)
-        out = self._mix(queries, keys, values, families, sums)
-        lowest, highest = torch.aminmax(sums)
+        out, lowest, highest = self._mix(queries, keys, values, families, subtract_largest=False)
         if not (lowest > LOWEST_SUM and highest < HIGHEST_SUM):
-            out = self._mix(queries, keys, values, families, None)
+            out, _, _ = self._mix(queries, keys, values, families, subtract_largest=True)
         return out
 
     def _mix(
-        self, queries: Tensor, keys: Tensor, values: Tensor, families: Sequence[Family], sums: Tensor | None
-    ) -> Tensor:
-        """Unnormalised weights with their sums written to `sums`, or softmax if that is None."""
+        self, queries: Tensor, keys: Tensor, values: Tensor, families: Sequence[Family], *, subtract_largest: bool
+    ) -> tuple[Tensor, float, float]:
+        """The values mixed, and the lowest and highest sum of a row's weights before they were normalised."""
         groups, n_tokens, per_key, size = queries.shape
         out = queries.new_empty(n_tokens, groups, per_key, size)
-        later = self._mask(queries.dtype, per_key)
-        # oneDNN's batched product takes bfloat16 alone; float32 would end in MKL, at half the speed of single products.
+        sums = queries.new_empty(groups, n_tokens, per_key)
+        # Only in bfloat16 does torch send batches of products to oneDNN; float32 ones would end in MKL.
         step = groups if queries.dtype == torch.bfloat16 else 1
-        most_tokens = BLOCK_SCORES // (step * per_key)
         for segment, n_prefix, own_keys, own_values in _segments(families, keys, values):
             n_all = n_prefix + len(segment.own)
-            for rows, n_keys in _blocks(segment, n_all, max(16, min(BLOCK_TOKENS, most_tokens // n_all))):
+            most_tokens = BLOCK_SCORES // (step * per_key * n_all)
+            for rows, n_keys in _blocks(segment, n_all, max(16, min(BLOCK_TOKENS, most_tokens))):
                 n_rows = len(rows)
-                hidden = later[: n_rows * per_key, :n_rows]
                 for g in range(0, groups, step):
-                    q = queries[g : g + step, rows.start : rows.end].reshape(step, n_rows * per_key, size)
-                    weights = _product(q, own_keys[g : g + step, :n_keys])
-                    weights[..., n_keys - n_rows :] += hidden
-                    v = own_values[g : g + step, :n_keys]
-                    place = out[rows.start : rows.end, g : g + step].transpose(0, 1)
-                    if sums is None:
-                        weights = torch.softmax(weights.float().mul_(math.log(2)), -1).to(v.dtype)
-                        place.copy_(_product(weights, v.mT).view(place.shape))
-                        continue
-                    total = sums[g : g + step, rows.start : rows.end]
-                    total.copy_(weights.exp2_().sum(-1).view(total.shape))
-                    mixed = _product(weights, v.mT).view(place.shape)
-                    torch.div(mixed, total.unsqueeze(-1), out=place)
-        return out.flatten(1)
-
-    def _mask(self, dtype: torch.dtype, per_key: int) -> Tensor:
-        key = (dtype, per_key)
-        if key not in self._masks:
-            self._masks[key] = self._later.repeat_interleave(per_key, 0).to(dtype)
-        return self._masks[key]
+                    part, place = slice(g, g + step), slice(rows.start, rows.end)
+                    q = queries[part, place].reshape(step, n_rows * per_key, size)
+                    weights = _product(q, own_keys[part, :n_keys])
+                    weights[..., n_keys - n_rows :] += self._later[: n_rows * per_key, :n_rows]
+                    if subtract_largest:
+                        weights -= weights.amax(-1, keepdim=True)
+                    total = weights.exp2_().sum(-1).view(step, n_rows, per_key)
+                    mixed = _product(weights, own_values[part, :n_keys].mT).view(step, n_rows, per_key, size)
+                    torch.div(mixed, total.unsqueeze(-1), out=out[place, part].transpose(0, 1))
+                    sums[part, place] = total
+        lowest, highest = torch.aminmax(sums)
+        return out.flatten(1), float(lowest), float(highest)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

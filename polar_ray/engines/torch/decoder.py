@@ -1,8 +1,8 @@
 """The decoder over packed tokens: each layer's weights in the form they are used, and one pass through them.
 
 Letters: T computed tokens, S sequences, H hidden size, G key-value heads, R query heads of each, D head size.
-The residual stream is float32 whatever the dtype of the products; it costs little, and rounding it at every layer is
-what separates bfloat16 rewards from float32 ones most.
+The residual stream is float32 whatever the dtype of the products: it costs little, and nothing that earlier layers
+have added is rounded again by later ones.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Decoder:
         self._dtype = dtype
         self._rope = Rope.of(checkpoint.config, rope_base)
         self._chunk = CHUNK_TOKENS[device.type]
-        self._attention = attention_for(dtype, device, checkpoint.config.head_dim)
+        self._attention = attention_for(dtype, device, checkpoint.config.head_dim, checkpoint.config.queries_per_key)
         self._embedding = checkpoint.read("model.tok_embeddings.weight", dtype, device)
         self._layers = [
             _read_layer(checkpoint, layer, dtype, device) for layer in range(checkpoint.config.num_hidden_layers)

@@ -1,8 +1,9 @@
 """Matrix products with weights: oneDNN's packed ones where they work, torch's own everywhere else.
 
 oneDNN packs a weight once into the layout that its kernels read. On AMD processors this is worth a factor of two in
-float32, where torch's own path ends in MKL's slow branch (`jobs/bench/results`). The operators are private to torch, so
-they are tried on a small product first and left alone if they are absent or wrong.
+float32, where torch's own path ends in MKL's slow branch (`gemm_flops_per_cpu_s` of the two kinds in
+`jobs/bench/results/engine_small_fp32_cpu2_2026-11.json`). The operators are private to torch, so they are tried on a
+small product first and left alone if they are absent or wrong.
 """
 
 from __future__ import annotations

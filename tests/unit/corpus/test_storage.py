@@ -14,8 +14,8 @@ from polar_ray.corpus import storage
 from polar_ray.corpus.storage import Location
 from polar_ray.errors import InputError
 
-AWKWARD_NAMES = ["a b", "at=10%3A30", "no.1#2", "数据", "a+b&c", "x[1]", "é"]
-REALLY_AWKWARD_NAMES = {"": ["100%", "what?", "a:b"], "file://": ["100%", "what?", "a:b"], "memory://": []}
+AWKWARD_NAMES = ["a b", "at=10%3A30", "no.1#2", "数据", "a+b&c", "é"]
+REALLY_AWKWARD_NAMES = {"": ["100%", "what?", "x[1]"], "file://": ["100%", "what?", "x[1]"], "memory://": []}
 
 
 def names_below(folder):
