@@ -7,6 +7,7 @@ have added is rounded again by later ones.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -64,63 +65,64 @@ class Decoder:
         x_TH = F.embedding(packed.ids_T, self._embedding).float()
         angles = self._rope.angles(packed.positions_T, packed.lengths_T)
         turn = torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
+        query_turn = turn * self._attention.score_scale
         for layer in self._layers[:-1]:
-            keys, values = self._keys_values(layer, x_TH, turn)
-            queries = self._queries(layer, x_TH, turn)
-            mixed_TH = self._attention(queries, keys, values, packed.every_token)
-            self._finish(layer, x_TH, mixed_TH)
+            normed_TH = self._norm(x_TH, layer.attention_norm, self._dtype)
+            keys, values = self._keys_values(layer, normed_TH, turn)
+            queries = self._queries(layer, normed_TH, query_turn)
+            self._finish(layer, x_TH, self._attention(queries, keys, values, packed.every_token))
 
         # Nothing reads the last layer's output but the head: beyond keys and values it is needed at S places only.
-        layer = self._layers[-1]
-        keys, values = self._keys_values(layer, x_TH, turn)
-        x_SH = x_TH[packed.last_S]
-        queries = self._queries(layer, x_SH, turn[packed.last_S])
+        layer, last = self._layers[-1], packed.last_S
+        normed_TH = self._norm(x_TH, layer.attention_norm, self._dtype)
+        keys, values = self._keys_values(layer, normed_TH, turn)
+        queries = self._queries(layer, normed_TH[last], query_turn[last])
+        x_SH = x_TH[last]
         self._finish(layer, x_SH, self._attention(queries, keys, values, packed.last_tokens))
         return self._norm(x_SH, self._final_norm, torch.float32) @ self._head
 
-    def _queries(self, layer: Layer, x_TH: Tensor, turn: Tensor) -> Tensor:
-        """`[G, T, R, D]`, rotated and scaled."""
-        config, n_tokens = self._config, len(x_TH)
-        shape = (config.num_key_value_heads, n_tokens, config.queries_per_key, config.head_dim)
-        queries = torch.empty(shape, dtype=self._dtype, device=x_TH.device)
-        scaled = turn * self._attention.score_scale
-        for start in range(0, n_tokens, self._chunk):
-            part = slice(start, min(start + self._chunk, n_tokens))
-            normed = self._norm(x_TH[part], layer.attention_norm, self._dtype)
-            rotated = _rotate(layer.query(normed), scaled[part], config.head_dim)
-            queries[:, part].copy_(rotated.view(-1, shape[0], *shape[2:]).transpose(0, 1))
+    def _queries(self, layer: Layer, normed_TH: Tensor, turn: Tensor) -> Tensor:
+        """`[G, T, R, D]`, rotated and scaled by `turn`."""
+        groups, per_key, size = self._config.num_key_value_heads, self._config.queries_per_key, self._config.head_dim
+        queries = normed_TH.new_empty(groups, len(normed_TH), per_key, size)
+        for chunk in self._chunks(normed_TH):
+            rotated = _rotate(layer.query(normed_TH[chunk]), turn[chunk], size)
+            queries[:, chunk] = rotated.view(-1, groups, per_key, size).transpose(0, 1)
         return queries
 
-    def _keys_values(self, layer: Layer, x_TH: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
-        """`[G, T, D]` each, keys rotated."""
-        config, n_tokens = self._config, len(x_TH)
-        shape = (config.num_key_value_heads, n_tokens, config.head_dim)
-        keys = torch.empty(shape, dtype=self._dtype, device=x_TH.device)
-        values = torch.empty_like(keys)
-        for start in range(0, n_tokens, self._chunk):
-            part = slice(start, min(start + self._chunk, n_tokens))
-            normed = self._norm(x_TH[part], layer.attention_norm, self._dtype)
-            key, value = layer.key_value(normed).chunk(2, -1)
-            keys[:, part].copy_(_rotate(key, turn[part], config.head_dim).transpose(0, 1))
-            values[:, part].copy_(value.view(-1, shape[0], shape[2]).transpose(0, 1))
+    def _keys_values(self, layer: Layer, normed_TH: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
+        """`[G, T, D]` each, keys rotated by `turn`."""
+        groups, size = self._config.num_key_value_heads, self._config.head_dim
+        keys, values = normed_TH.new_empty(2, groups, len(normed_TH), size)
+        for chunk in self._chunks(normed_TH):
+            key, value = layer.key_value(normed_TH[chunk]).chunk(2, -1)
+            keys[:, chunk] = _rotate(key, turn[chunk], size).transpose(0, 1)
+            values[:, chunk] = value.view(-1, groups, size).transpose(0, 1)
         return keys, values
 
     def _finish(self, layer: Layer, x_TH: Tensor, mixed_TH: Tensor) -> None:
         """What follows attention, added to `x_TH` in place."""
-        for start in range(0, len(x_TH), self._chunk):
-            x = x_TH[start : start + self._chunk]
-            x += layer.output(mixed_TH[start : start + self._chunk])
+        for chunk in self._chunks(x_TH):
+            x = x_TH[chunk]
+            x += layer.output(mixed_TH[chunk])
             normed = self._norm(x, layer.ffn_norm, self._dtype)
             x += layer.down(layer.gate.silu(normed).mul_(layer.up(normed)))
+
+    def _chunks(self, rows: Tensor) -> Iterator[slice]:
+        for start in range(0, len(rows), self._chunk):
+            yield slice(start, start + self._chunk)
 
     def _norm(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """RMSNorm of float32 rows, rounded once."""
         if x.is_cuda:
             return F.rms_norm(x, x.shape[-1:], weight, self._config.rms_norm_eps).to(dtype)
         # On a CPU rms_norm is a chain of whole-tensor operations.
-        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = torch.rsqrt(norms.square_().div_(x.shape[-1]).add_(self._config.rms_norm_eps))
-        return (x * scale).mul_(weight).to(dtype)
+        normed = torch.empty(x.shape, dtype=dtype)
+        for chunk in self._chunks(x):
+            norms = torch.linalg.vector_norm(x[chunk], dim=-1, keepdim=True)
+            scale = torch.rsqrt(norms.square_().div_(x.shape[-1]).add_(self._config.rms_norm_eps))
+            torch.mul(x[chunk] * scale, weight, out=normed[chunk])
+        return normed
 
 
 def _rotate(x: Tensor, turn: Tensor, head_dim: int) -> Tensor:

@@ -1,7 +1,6 @@
 """Columns of every kind become triples, a row that cannot says why on itself alone, and outcomes become columns."""
 
 import json
-from datetime import timedelta
 
 import pyarrow as pa
 import pytest
@@ -34,11 +33,9 @@ def table_of(prompt, **others):
     return pa.table({"prompt": prompt, "reference": rest, "output": rest, **others})
 
 
-def invalid_strings(kind=None):
+def invalid_strings():
     """Strings of which the second is not UTF-8."""
-    offsets = pa.array([0, 2, 4, 8], pa.int32()).buffers()[1]
-    strings = pa.StringArray.from_buffers(3, offsets, pa.py_buffer(b"ok\xff\xfefine"))
-    return strings if kind is None else strings.cast(kind)
+    return pa.array([b"ok", b"\xff\xfe", b"fine"], pa.binary()).view(pa.string())
 
 
 @pytest.mark.parametrize(
@@ -108,7 +105,7 @@ def test_a_slice_of_a_table_reads_as_itself():
     "column",
     [
         invalid_strings(),
-        invalid_strings().cast(pa.binary()).view(pa.binary()),
+        invalid_strings().cast(pa.binary()),
         invalid_strings().cast(pa.binary()).cast(pa.large_binary()).view(pa.large_string()),
         invalid_strings().cast(pa.binary()).cast(pa.binary_view()).view(pa.string_view()),
         pa.DictionaryArray.from_arrays(pa.array([0, 1, 2]), invalid_strings()),
@@ -129,18 +126,16 @@ def test_bytes_that_are_no_text_fail_their_row_and_no_other(column):
 
 
 @pytest.mark.parametrize(
-    ("kind", "bad"),
-    [(pa.timestamp("s"), 1 << 60), (pa.duration("s"), 1 << 62), (pa.date32(), 1 << 30)],
-    ids=str,
+    "dates",
+    [pa.array([1, 1 << 60], pa.timestamp("s")), pa.array([1, 1 << 62], pa.duration("s")), pa.array([1, 1 << 30], pa.date32())],
+    ids=["timestamp", "duration", "date"],
 )
-def test_a_date_in_a_message_that_python_cannot_hold_fails_its_row_and_no_other(kind, bad):
-    message = pa.struct([("content", pa.string()), ("at", pa.int64())])
-    values = pa.array([[{"content": "a", "at": 1}], [{"content": "b", "at": bad}]], pa.list_(message))
-    values = values.cast(pa.list_(pa.struct([("content", pa.string()), ("at", pa.int32() if "date" in str(kind) else pa.int64())])))
-    first, second = read_triples(table_of(values.cast(pa.list_(pa.struct([("content", pa.string()), ("at", kind)])))), COLUMNS, frozenset())
+def test_a_date_in_a_message_that_python_cannot_hold_fails_its_row_and_no_other(dates):
+    messages = pa.StructArray.from_arrays([pa.array(["a", "b"]), dates], ["content", "at"])
+    first, second = read_triples(table_of(pa.ListArray.from_arrays([0, 1, 2], messages)), COLUMNS, frozenset())
     assert first.prompt[0]["content"] == "a"
     assert second.code == RowUnreadable.code
-    assert timedelta(0) is not None
+    assert "prompt: a message cannot be read" in str(second)
 
 
 @pytest.mark.parametrize(
@@ -226,9 +221,6 @@ def test_strings_are_json_when_every_first_row_is_a_list_of_messages(column, is_
 
 
 def test_each_field_is_judged_by_itself():
-    table = table_of(as_json(CONVERSATION)).set_column(1, "output", as_json(CONVERSATION)).append_column(
-        "reference", pa.array(["text"])
-    )
     table = pa.table({"prompt": as_json(CONVERSATION), "reference": pa.array(["[x]"]), "output": as_json(CONVERSATION)})
     assert detect_message_json(table, COLUMNS) == {"prompt", "output"}
 
