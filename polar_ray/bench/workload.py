@@ -38,7 +38,7 @@ SHAPES = {
 SHARED_TOKENS = (350, 460)
 OWN_TOKENS = (141, 275)
 """Lengths of what a group shares (prompt, reference, prompt) and of each output, inclusive: whole sequences of 491 to
-735 tokens, as 64 encoded GSM8K triples have (`spec/engines.md` section 0)."""
+735 tokens, as encoded GSM8K triples have."""
 
 
 def write_random_checkpoint(folder: Path, shape: Shape, *, seed: int = 0) -> None:

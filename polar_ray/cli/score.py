@@ -33,8 +33,8 @@ COUNTS = (
 
 
 UNTRAINED = (
-    "The weights of this checkpoint are untrained: its rewards are random numbers. They show that everything works, and "
-    "nothing else. Name a trained model with --model."
+    "The weights of this checkpoint are untrained: its rewards are random numbers. They show that everything works "
+    "and nothing else. Name a trained model with --model."
 )
 
 

@@ -35,6 +35,9 @@ from polar_ray.triples import Scored, Triple
 ENGINE_FAILURE_FRACTION = 0.5
 """When the engine fails on more of a unit than this, it is the engine: nothing is written, a fresh process tries."""
 
+MOST_QUARANTINED_ROWS = 16
+"""Of one unit. Each cost two processes; where there are more, it is the machine and not the rows."""
+
 BuildScorer = Callable[[ScoreConfig], Scorer]
 
 
@@ -114,6 +117,11 @@ class ScoringActor:
         unit = self._manifest.units[index]
         table, triples = read_unit(self._manifest, index)
         assignment: Assignment = ray.get(self._tracker.begin.remote(index, unit.rows))
+        if len(assignment.quarantined) > MOST_QUARANTINED_ROWS:
+            raise EngineError(
+                f"more than {MOST_QUARANTINED_ROWS} rows of {self._manifest.describe(index)} killed their process; "
+                "that is not the rows: look for a lack of memory, or lower engine.token_budget"
+            )
         before = self._scorer.usage.copy()
         scored = self._score_ranges(index, triples, assignment)
         self._check_engine(index, scored)

@@ -21,7 +21,7 @@ from polar_ray.corpus.progress import JobProgress, Show
 from polar_ray.corpus.storage import Location
 from polar_ray.corpus.summary import UnitReport
 from polar_ray.corpus.tracker import JobTracker, Snapshot
-from polar_ray.errors import JobError, JobStalled, PolarRayError, TooManyFailures, unwrap
+from polar_ray.errors import ConfigError, JobError, JobStalled, PolarRayError, TooManyFailures, unwrap
 
 CPUS_PER_ENGINE = 8
 """Threads that one CPU engine makes good use of; where there are more cores, more actors are better."""
@@ -71,11 +71,12 @@ def ray_cluster() -> Iterator[None]:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else Ray's C++ warns on this terminal at every pool start
     _keep_logs_off_the_terminal()
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    address = ray_address()
     with _stderr_to_null():
-        if address := ray_address():
-            ray.init(address=address, **quiet)
-        else:
+        if address is None:
             ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+        else:
+            _connect(address, **quiet)
     try:
         yield
     finally:
@@ -87,6 +88,13 @@ def _keep_logs_off_the_terminal() -> None:
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setLevel(logging.CRITICAL + 1)
+
+
+def _connect(address: str, **quiet: Any) -> None:
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"RAY_ADDRESS = {address!r}: no Ray cluster answers there ({error})") from None
 
 
 @contextmanager
@@ -241,4 +249,6 @@ def _typed(error: BaseException, tracker: Any) -> BaseException:
     if snapshot.error is not None:
         return snapshot.error
     found = unwrap(error)
-    return found if isinstance(found, PolarRayError) else JobError(f"Ray gave up on the job: {type(found).__name__}: {found}")
+    if isinstance(found, PolarRayError):
+        return found
+    return JobError(f"Ray gave up on the job: {type(found).__name__}: {found}")

@@ -32,7 +32,7 @@ def make_table(n_groups: int, outputs_per_group: int = 4, *, first: int = 0) -> 
     rows = [
         {
             "row": first + group * outputs_per_group + n,
-            "prompt": f"Question {first}-{group}: how many apples are in {group} baskets of {n_apples(group)} apples each?",
+            "prompt": f"Question {first}-{group}: how many apples are in {group} baskets of {n_apples(group)} each?",
             "reference": f"There are {group * n_apples(group)} apples: {group} times {n_apples(group)}.",
             "output": f"I count {group * n_apples(group) + n} apples in all.",
             "tags": [{"name": "n", "value": n}],

@@ -185,7 +185,7 @@ def test_a_job_that_stands_still_says_what_is_stuck(corpus, tmp_path):
 def test_faults_in_the_input_are_found_before_anything_is_written(corpus, tmp_path):
     with pytest.raises(SchemaError, match="no column 'answer' for the output"):
         score_parquet(corpus, tmp_path / "out", fake(columns=FAKE.columns.model_copy(update={"output": "answer"})))
-    with pytest.raises(OutputError, match="the input .* lies in it"):
+    with pytest.raises(OutputError, match=r"the input .* lies in it"):
         score_parquet(corpus, corpus, FAKE)
     with pytest.raises(CheckpointError, match="no such folder"):
         score_parquet(corpus, tmp_path / "out", fake(model="/nowhere"))

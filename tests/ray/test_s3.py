@@ -77,5 +77,5 @@ def test_a_corpus_on_s3_is_scored_and_resumed(bucket):
 
 def test_a_bucket_that_is_not_there_is_one_clear_sentence(bucket):
     url, query, _ = bucket
-    with pytest.raises(InputError, match="no such file or folder|cannot be listed"):
+    with pytest.raises(InputError, match=r"no such file or folder|cannot be listed"):
         score_parquet(f"{url}-absent/in{query}", "/tmp/never-written", CONFIG)

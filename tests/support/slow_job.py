@@ -1,4 +1,4 @@
-"""A corpus job that takes its time, to be killed in the middle: `python -m tests.support.slow_job INPUT OUTPUT SECONDS`."""
+"""A corpus job to be killed in the middle: `python -m tests.support.slow_job INPUT OUTPUT SECONDS_PER_BATCH`."""
 
 import sys
 import time

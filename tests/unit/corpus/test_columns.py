@@ -127,7 +127,11 @@ def test_bytes_that_are_no_text_fail_their_row_and_no_other(column):
 
 @pytest.mark.parametrize(
     "dates",
-    [pa.array([1, 1 << 60], pa.timestamp("s")), pa.array([1, 1 << 62], pa.duration("s")), pa.array([1, 1 << 30], pa.date32())],
+    [
+        pa.array([1, 1 << 60], pa.timestamp("s")),
+        pa.array([1, 1 << 62], pa.duration("s")),
+        pa.array([1, 1 << 30], pa.date32()),
+    ],
     ids=["timestamp", "duration", "date"],
 )
 def test_a_date_in_a_message_that_python_cannot_hold_fails_its_row_and_no_other(dates):
@@ -184,11 +188,13 @@ def test_an_error_that_stands_for_a_row_or_a_value_stays():
 def test_a_wrong_wrapper_fails_its_row_and_a_null_is_sft(column, wrappers):
     found = read_triples(table_of(pa.array(["p"] * 3), wrapper=column), COLUMNS, frozenset())
     assert [row.wrapper if isinstance(row, Triple) else None for row in found] == wrappers
-    assert all("wrapper: expected one of ('sft', 'pretrain')" in str(row) for row in found if not isinstance(row, Triple))
+    refusals = [str(row) for row in found if not isinstance(row, Triple)]
+    assert all("wrapper: expected one of ('sft', 'pretrain')" in refusal for refusal in refusals)
 
 
 def as_json(*conversations):
-    return pa.array([None if given is None else given if isinstance(given, str) else json.dumps(given) for given in conversations])
+    """A column of conversations as JSON text; of strings and nulls as they are."""
+    return pa.array([item if item is None or isinstance(item, str) else json.dumps(item) for item in conversations])
 
 
 @pytest.mark.parametrize(

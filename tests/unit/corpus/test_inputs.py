@@ -193,14 +193,14 @@ def test_an_input_that_stands_for_nothing_is_refused_by_name(tmp_path, name, say
 def test_a_file_named_twice_is_refused_however_it_is_named(tree, again, monkeypatch):
     monkeypatch.chdir(tree)
     again = f"file://{tree}/a.parquet" if again == "file://" else again
-    with pytest.raises(InputError, match="a.parquet: named twice"):
+    with pytest.raises(InputError, match=r"a.parquet: named twice"):
         list_inputs(["a.parquet", again])
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1....PAR1", b"not Parquet at all, but rather long"])
 def test_a_file_that_is_no_parquet_is_refused_by_name(tmp_path, content):
     (tmp_path / "a.parquet").write_bytes(content)
-    with pytest.raises(InputError, match="a.parquet: not a readable Parquet file"):
+    with pytest.raises(InputError, match=r"a.parquet: not a readable Parquet file"):
         examine(list_inputs([str(tmp_path)]), COLUMNS, 10)
 
 
@@ -208,7 +208,7 @@ def test_a_file_that_is_no_parquet_is_refused_by_name(tmp_path, content):
 def test_a_truncated_file_is_refused(tmp_path, kept):
     whole = write_corpus(tmp_path / "a.parquet", make_table(200)).read_bytes()
     (tmp_path / "a.parquet").write_bytes(whole[: int(len(whole) * kept)])
-    with pytest.raises(InputError, match="a.parquet: not a readable Parquet file"):
+    with pytest.raises(InputError, match=r"a.parquet: not a readable Parquet file"):
         examine(list_inputs([str(tmp_path)]), COLUMNS, 10)
 
 
@@ -239,7 +239,9 @@ def test_files_without_rows_are_fine_beside_one_with_rows_whatever_their_columns
 
 def test_a_missing_column_is_refused_with_the_columns_there_are_and_the_flag(tmp_path):
     write_corpus(tmp_path / "a.parquet", make_table(1).rename_columns(["question", "reference", "output", "id"]))
-    with pytest.raises(SchemaError, match=r"a.parquet: no column 'prompt' .* question, reference, output, id.*--prompt"):
+    with pytest.raises(
+        SchemaError, match=r"a.parquet: no column 'prompt' .* question, reference, output, id.*--prompt"
+    ):
         examine(list_inputs([str(tmp_path)]), COLUMNS, 10)
     examine(list_inputs([str(tmp_path)]), ColumnsConfig(prompt="question"), 10)
 

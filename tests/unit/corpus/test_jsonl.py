@@ -327,6 +327,8 @@ def test_json_text_is_parsed_where_the_column_is_json():
 def test_columns_config_applies_to_keys(tmp_path, plan_job: PlanJob):
     from polar_ray.corpus.units import read_unit
 
-    path = write_lines(tmp_path / "a.jsonl", '{"q": "p", "reference": "r", "output": "o", "kind": "pretrain", "wrapper": 1}')
+    path = write_lines(
+        tmp_path / "a.jsonl", '{"q": "p", "reference": "r", "output": "o", "kind": "pretrain", "wrapper": 1}'
+    )
     manifest = plan_job(path, columns=ColumnsConfig(prompt="q", wrapper="kind"))
     assert read_unit(manifest, 0)[1] == [Triple("p", "r", "o", wrapper="pretrain")]

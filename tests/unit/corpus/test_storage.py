@@ -38,7 +38,11 @@ def test_a_file_url_and_its_path_are_one_place(tmp_path):
 
 @pytest.mark.parametrize(
     ("scheme", "name"),
-    [(scheme, name) for scheme in ("", "file://", "memory://") for name in AWKWARD_NAMES + REALLY_AWKWARD_NAMES[scheme]],
+    [
+        (scheme, name)
+        for scheme in ("", "file://", "memory://")
+        for name in AWKWARD_NAMES + REALLY_AWKWARD_NAMES[scheme]
+    ],
 )
 def test_any_name_can_be_joined_written_listed_and_read(tmp_path, scheme, name):
     folder = Location(f"{scheme}{tmp_path}").join(name)
@@ -135,7 +139,7 @@ def test_a_full_disk_leaves_neither_a_part_nor_the_old_file_changed(tmp_path):
 
 def test_a_rename_that_fails_leaves_nothing_aside(tmp_path):
     (tmp_path / "f/inner").mkdir(parents=True)
-    with pytest.raises(OSError, match="rename|move|directory"):
+    with pytest.raises(OSError, match=r"rename|move|directory"):
         Location(str(tmp_path / "f")).write_atomically(b"new")
     assert names_below(tmp_path) == []
 

@@ -108,7 +108,7 @@ def test_a_field_without_text_is_an_error_unless_asked_for(tokenizer, field, tex
 
 def test_an_overlong_field_is_named_when_cutting_is_off(tokenizer):
     limits = LimitsConfig(max_response_tokens=10, on_too_long="error")
-    with pytest.raises(TripleTooLong, match="output: .* tokens too long"):
+    with pytest.raises(TripleTooLong, match=r"output: .* tokens too long"):
         Encoder(tokenizer, limits).encode(Triple("p", "r", "many words " * 50))
 
 

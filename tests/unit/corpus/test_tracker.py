@@ -1,0 +1,259 @@
+"""Rows that kill their process are found in few deaths, others are not blamed, and nothing counts twice."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from polar_ray.corpus.tracker import (
+    ENGINE_FAILURES_BEFORE_GIVING_UP,
+    FAILED_STARTS_BEFORE_GIVING_UP,
+    NARROWING,
+    JobTracker,
+    Rows,
+)
+from polar_ray.errors import EngineError, JobError
+
+UNIT = 7
+
+
+def work(tracker, rows, poison=(), dies_at=(), unit=UNIT):
+    """Processes go through a unit, each until it meets a row that kills it or its number is in `dies_at`, until one
+    comes to the end. Gives the last assignment and the number of deaths."""
+    for deaths in range(100_000):
+        assignment = tracker.begin(unit, rows)
+        check_coverage(assignment, rows)
+        for part in assignment.ranges:
+            tracker.mark(unit, part)
+            if deaths in dies_at or any(part.start <= row < part.stop for row in poison):
+                break
+            tracker.progress(unit, part.stop - part.start, 10, 5)
+        else:
+            tracker.finish(unit, rows, 10 * rows, 5 * rows)
+            return assignment, deaths
+    raise AssertionError("no process came to the end")
+
+
+def check_coverage(assignment, rows):
+    """Every row is in one range or in quarantine, and ranges are in order."""
+    seen = [row for part in assignment.ranges for row in range(part.start, part.stop)]
+    assert seen == [row for row in range(rows) if row not in assignment.quarantined]
+
+
+def test_without_deaths_a_unit_is_one_range():
+    tracker = JobTracker()
+    assert work(tracker, 4096)[0].ranges == (Rows(0, 4096),)
+    assert (tracker.snapshot().deaths, tracker.snapshot().quarantined) == (0, 0)
+
+
+@pytest.mark.parametrize("row", [0, 1, 511, 512, 2048, 4095])
+def test_a_poison_row_among_4096_is_found_by_the_seventh_death(row):
+    tracker = JobTracker()
+    assignment, deaths = work(tracker, 4096, {row})
+    assert assignment.quarantined == {row}
+    assert deaths <= 7
+    assert (tracker.snapshot().deaths, tracker.snapshot().quarantined) == (deaths, 1)
+
+
+@pytest.mark.parametrize("rows", [{0, 1}, {0, 4095}, {2047, 2048}, {5, 6}])
+def test_two_poison_rows_among_4096_are_found_in_a_dozen_deaths(rows):
+    assignment, deaths = work(JobTracker(), 4096, rows)
+    assert assignment.quarantined == rows
+    assert deaths <= 12
+
+
+@pytest.mark.parametrize(("rows", "most"), [(1, 2), (2, 4), (8, 4), (9, 5), (64, 5), (100_000, 9)])
+def test_units_of_any_size_give_up_their_poison_row(rows, most):
+    assignment, deaths = work(JobTracker(), rows, {rows - 1})
+    assert assignment.quarantined == {rows - 1}
+    assert deaths <= most
+
+
+def test_a_unit_of_nothing_but_poison_comes_to_its_end():
+    assignment, deaths = work(JobTracker(), 32, set(range(32)))
+    assert assignment.quarantined == set(range(32))
+    assert assignment.ranges == ()
+    assert deaths <= 2 * 32 + 3 + NARROWING
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=st.integers(1, 4096), data=st.data())
+def test_poison_rows_are_found_exactly_in_a_bounded_number_of_deaths(rows, data):
+    poison = data.draw(st.sets(st.integers(0, rows - 1), max_size=5))
+    assignment, deaths = work(JobTracker(), rows, poison)
+    assert assignment.quarantined == poison
+    assert deaths <= 2 + 5 * len(poison)
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=st.integers(2, 4096), data=st.data())
+def test_deaths_that_no_row_is_to_blame_for_quarantine_none(rows, data):
+    poison = data.draw(st.sets(st.integers(1, rows - 1), max_size=3))
+    assignment, _ = work(JobTracker(), rows, poison, dies_at={0, 1})
+    assert assignment.quarantined == poison
+
+
+def test_one_death_changes_nothing():
+    tracker = JobTracker()
+    tracker.begin(UNIT, 100)
+    tracker.mark(UNIT, Rows(0, 100))
+    assert tracker.begin(UNIT, 100).ranges == (Rows(0, 100),)
+    assert tracker.snapshot().deaths == 1
+    assert work(tracker, 100)[0].quarantined == frozenset()
+
+
+def test_one_death_of_a_single_row_does_not_quarantine_it():
+    tracker = JobTracker()
+    assignment, deaths = work(tracker, 1, dies_at={0})
+    assert (assignment.quarantined, deaths) == (frozenset(), 1)
+
+
+def test_a_death_before_any_row_was_marked_blames_none():
+    tracker = JobTracker()
+    for _ in range(10):
+        assert tracker.begin(UNIT, 100).ranges == (Rows(0, 100),)
+    assert tracker.snapshot().deaths == 0
+
+
+def test_a_death_in_one_unit_says_nothing_of_another():
+    tracker = JobTracker()
+    for unit in (1, 2):
+        tracker.begin(unit, 100)
+        tracker.mark(unit, Rows(0, 100))
+    for unit in (1, 2):
+        assert tracker.begin(unit, 100).ranges == (Rows(0, 100),)
+
+
+def test_a_process_that_leaves_because_its_engine_fails_is_no_death():
+    tracker = JobTracker()
+    for attempt in range(1, ENGINE_FAILURES_BEFORE_GIVING_UP + 1):
+        assert tracker.begin(UNIT, 100).ranges == (Rows(0, 100),)
+        tracker.mark(UNIT, Rows(0, 100))
+        assert tracker.engine_failed(UNIT) == (attempt < ENGINE_FAILURES_BEFORE_GIVING_UP)
+    assert tracker.snapshot().deaths == 0
+
+
+def test_processes_that_die_at_the_start_are_counted_and_bounded():
+    tracker = JobTracker(most_actors=2)
+    allowed = FAILED_STARTS_BEFORE_GIVING_UP * 2
+    assert [tracker.starting() for _ in range(allowed + 2)] == [True] * allowed + [False] * 2
+
+
+def test_a_start_that_succeeds_clears_the_count():
+    tracker = JobTracker(most_actors=1)
+    for _ in range(5):
+        assert [tracker.starting() for _ in range(FAILED_STARTS_BEFORE_GIVING_UP)] == [True] * 3
+        tracker.started()
+    assert tracker.snapshot().actors == 5
+
+
+def test_each_nodes_weights_are_checked_by_its_first_actor():
+    tracker = JobTracker()
+    assert [tracker.claim_check(node) for node in ("a", "b", "a", "b", "a")] == [True, True, False, False, False]
+
+
+def test_progress_is_counted_as_it_is_made_and_once_when_the_unit_is_done():
+    tracker = JobTracker()
+    tracker.begin(UNIT, 100)
+    tracker.mark(UNIT, Rows(0, 100))
+    tracker.progress(UNIT, 40, 400, 200)
+    tracker.progress(UNIT, 20, 200, 100)
+    snapshot = tracker.snapshot()
+    assert (snapshot.rows, snapshot.tokens, snapshot.computed_tokens) == (60, 600, 300)
+    assert [(stuck.unit, stuck.rows) for stuck in snapshot.in_flight] == [(UNIT, Rows(0, 100))]
+    tracker.finish(UNIT, 100, 1000, 500)
+    snapshot = tracker.snapshot()
+    assert (snapshot.rows, snapshot.tokens, snapshot.computed_tokens) == (100, 1000, 500)
+    assert snapshot.in_flight == ()
+
+
+def test_rows_of_a_process_that_died_are_not_counted_again_in_the_next():
+    tracker = JobTracker()
+    for _ in range(3):
+        tracker.begin(UNIT, 100)
+        tracker.mark(UNIT, Rows(0, 100))
+        tracker.progress(UNIT, 60, 600, 300)
+        assert tracker.snapshot().rows == 60
+    tracker.begin(UNIT, 100)
+    assert tracker.snapshot().rows == 0
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 300), st.sets(st.integers(0, 299), max_size=2), st.sets(st.integers(0, 3))), max_size=5
+    )
+)
+def test_when_all_is_done_every_row_was_counted_once(units):
+    tracker = JobTracker()
+    for unit, (rows, poison, dies_at) in enumerate(units):
+        work(tracker, rows, {row for row in poison if row < rows}, dies_at, unit)
+    snapshot = tracker.snapshot()
+    total = sum(rows for rows, _, _ in units)
+    assert (snapshot.rows, snapshot.tokens, snapshot.computed_tokens) == (total, 10 * total, 5 * total)
+
+
+def test_a_unit_that_is_finished_twice_counts_once():
+    tracker = JobTracker()
+    for _ in range(2):  # the first process was slow, not dead
+        tracker.begin(UNIT, 100)
+        tracker.mark(UNIT, Rows(0, 100))
+    for _ in range(2):
+        tracker.progress(UNIT, 50, 500, 250)
+        tracker.finish(UNIT, 100, 1000, 500)
+    assert tracker.snapshot().rows == 100
+
+
+def test_a_process_that_was_given_up_for_dead_may_go_on_talking():
+    tracker = JobTracker()
+    for _ in range(3):
+        tracker.begin(UNIT, 100)
+        tracker.mark(UNIT, Rows(0, 100))
+    tracker.begin(UNIT, 100)
+    tracker.mark(UNIT, Rows(0, 100))  # the rows as they were before they were narrowed
+    tracker.begin(UNIT, 100)
+    assert work(tracker, 100)[0].quarantined == frozenset()
+    tracker.mark(UNIT, Rows(0, 100))
+    assert tracker.progress(UNIT, 1, 1, 1) is False
+    assert tracker.engine_failed(UNIT)
+    assert tracker.snapshot().rows == 100
+
+
+def test_a_tracker_that_was_restarted_goes_on_with_units_it_has_never_heard_of():
+    tracker = JobTracker()
+    tracker.mark(UNIT, Rows(0, 8))
+    assert tracker.progress(UNIT, 5, 5, 5) is False
+    assert tracker.engine_failed(UNIT)
+    tracker.finish(UNIT, 10, 10, 10)
+    assert tracker.snapshot().rows == 10
+
+
+def test_the_first_error_is_the_jobs():
+    tracker = JobTracker()
+    assert tracker.snapshot().error is None
+    first = EngineError("the first")
+    for error in (first, JobError("the second")):
+        tracker.fail(error)
+    assert tracker.snapshot().error is first
+
+
+def test_a_stopped_job_tells_everybody_at_their_next_word():
+    tracker = JobTracker()
+    tracker.begin(UNIT, 10)
+    assert tracker.progress(UNIT, 1, 1, 1) is False
+    tracker.stop()
+    assert tracker.progress(UNIT, 1, 1, 1) is True
+    assert tracker.progress(99, 1, 1, 1) is True
+
+
+def test_time_without_progress_runs_from_the_last_word(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr("polar_ray.corpus.tracker.time.monotonic", lambda: now)
+    tracker = JobTracker()
+    tracker.begin(UNIT, 10)
+    tracker.mark(UNIT, Rows(0, 10))
+    for say in (tracker.started, lambda: tracker.progress(UNIT, 1, 1, 1), lambda: tracker.finish(8, 1, 1, 1)):
+        now += 60
+        assert tracker.snapshot().seconds_since_progress == 60
+        say()
+        assert tracker.snapshot().seconds_since_progress == 0
+    assert tracker.snapshot().in_flight[0].seconds == 180

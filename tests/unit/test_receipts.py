@@ -1,0 +1,73 @@
+"""A receipt changes with everything that determines a reward, and with nothing else."""
+
+import json
+import shutil
+
+import pytest
+
+from polar_ray.config import EngineConfig, LimitsConfig
+from polar_ray.encoding.tokenizer import PolarTokenizer
+from polar_ray.engines.build import resolve_engine
+from polar_ray.errors import ConfigError
+from polar_ray.model.locate import EMBEDDED_FOLDER, is_untrained, locate_model
+from polar_ray.receipts import Receipt, build_receipt
+
+CPU = EngineConfig(device="cpu", dtype="float32")
+
+
+def receipt(folder=EMBEDDED_FOLDER, engine=CPU, limits=None):
+    return build_receipt(folder, PolarTokenizer(folder), engine, limits or LimitsConfig())
+
+
+@pytest.mark.parametrize(
+    ("field", "other"),
+    [
+        ("dtype", {"engine": CPU.model_copy(update={"dtype": "bfloat16"})}),
+        ("rope_base", {"engine": CPU.model_copy(update={"rope_base": "sglang-static"})}),
+        ("cut_side", {"limits": LimitsConfig(cut_side="left")}),
+        ("max_tokens", {"limits": LimitsConfig(max_tokens=100)}),
+        ("on_empty", {"limits": LimitsConfig(on_empty="score")}),
+    ],
+)
+def test_what_determines_a_reward_changes_the_receipt(field, other):
+    ours, theirs = receipt(), receipt(**other)
+    assert ours.receipt_id != theirs.receipt_id
+    assert list(ours.differences(theirs)) == [field]
+
+
+@pytest.mark.parametrize("change", [{"token_budget": 7}, {"share_prefixes": False}, {"threads": 1}])
+def test_what_does_not_leaves_it_alone(change):
+    assert receipt(engine=CPU.model_copy(update=change)) == receipt()
+
+
+def test_weights_and_tokenizer_are_in_it(tmp_path):
+    folder = shutil.copytree(EMBEDDED_FOLDER, tmp_path / "copy")
+    assert receipt(folder) == receipt()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"reward_token_id": 200}))
+    assert list(receipt(folder).differences(receipt())) == ["tokenizer_digest"]
+
+
+def test_a_receipt_survives_json():
+    ours = receipt()
+    assert Receipt.model_validate_json(ours.model_dump_json()).receipt_id == ours.receipt_id
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "expected"), [(True, ("cuda", "bfloat16", 32768)), (False, ("cpu", "float32", 4096))]
+)
+def test_auto_means_the_checkpoints_dtype_on_a_gpu_and_float32_on_a_cpu(has_gpu, expected):
+    engine = resolve_engine(EngineConfig(), EMBEDDED_FOLDER, has_gpu=has_gpu)
+    assert (engine.device, engine.dtype, engine.token_budget) == expected
+
+
+def test_what_no_engine_can_do_is_refused():
+    with pytest.raises(ConfigError, match="tensor_parallel_size = 2"):
+        resolve_engine(EngineConfig(tensor_parallel_size=2), EMBEDDED_FOLDER, has_gpu=True)
+    with pytest.raises(ConfigError, match="no float16 matrix units"):
+        resolve_engine(EngineConfig(dtype="float16"), EMBEDDED_FOLDER, has_gpu=False)
+
+
+def test_the_embedded_model_says_what_it_is():
+    assert locate_model("embedded") == EMBEDDED_FOLDER
+    assert is_untrained(EMBEDDED_FOLDER)
