@@ -38,6 +38,9 @@ UNTRAINED = (
 )
 
 
+FAKE = "The fake engine looks at no weights: its rewards are hashes of the token ids, for dry runs."
+
+
 def score(
     inputs: Annotated[list[str], typer.Argument(help="Parquet or JSONL: files, folders, globs, s3:// and other URLs.")],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder or URL for the scored Parquet files.")],
@@ -90,7 +93,9 @@ def score(
     except KeyboardInterrupt:
         notes.print("stopped; finished units are kept. Run the same command again to go on.", highlight=False)
         raise
-    if is_untrained(locate_model(settings.model, settings.revision)):
+    if settings.engine.kind == "fake":
+        notes.print(FAKE, style="yellow")
+    elif is_untrained(locate_model(settings.model, settings.revision)):
         notes.print(UNTRAINED, style="yellow")
     values = summary.model_dump()
     if as_json:

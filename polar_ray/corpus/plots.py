@@ -16,7 +16,7 @@ import numpy as np
 from markupsafe import Markup
 
 from polar_ray.corpus.history import Floats, Trace
-from polar_ray.corpus.progress import human_time
+from polar_ray.corpus.wording import SPACE, duration, number
 
 WIDTH, HEIGHT = 480.0, 236.0
 LEFT, RIGHT, TOP, BOTTOM = 56.0, 466.0, 10.0, 186.0
@@ -31,34 +31,8 @@ TAIL_SHARE = 0.005
 
 PAUSE_WIDTH = 12.0
 
-SPACE = "\u202f"
-"""Narrow and unbreakable, between a number and its unit."""
-
-SIZES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 TIME_STEPS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400)
 TIME_UNITS_S = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
-
-
-def number(value: float) -> str:
-    """A number in at most three digits: 950, 12.3 k, 4.1 M. Exact below a thousand if it is whole."""
-    for size, suffix in SIZES:
-        if size * 0.9995 <= abs(value) < 1e15:
-            return f"{value / size:.3g}{SPACE}{suffix}".replace("-", "−")
-    return f"{value:.3g}".replace("-", "−")
-
-
-def percent(share: float) -> str:
-    """A share in percent; what is not all, or not nothing, is never rounded to it."""
-    if 0 < share < 0.001:
-        return f"<{SPACE}0.1{SPACE}%"
-    if 0.999 < share < 1:
-        return f">{SPACE}99.9{SPACE}%"
-    return f"{100 * share:.0f}{SPACE}%" if share in (0, 1) else f"{100 * share:.1f}{SPACE}%"
-
-
-def decimal(value: float) -> str:
-    """A reward with two decimals; a huge one as a number in three digits."""
-    return number(value) if abs(value) >= 10_000 else f"{value:.2f}".replace("-", "−")
 
 
 @dataclass(frozen=True)
@@ -208,7 +182,7 @@ def draw_rates(history: Trace, areas: Sequence[Area], *, title: str) -> Markup:
         rates_here = ", ".join(f"{number(float(area.rates[index]))} {area.unit}" for area in areas)
         parts.append(_hoverable(f"{clock(history.starts[index])}: {rates_here}", _box(left, TOP, right, BOTTOM, "hit")))
         if pauses[index]:
-            words = f"no work for {human_time(history.pauses[index])}"
+            words = f"no work for {duration(history.pauses[index])}"
             parts.append(_hoverable(words, _box(right, TOP, right + PAUSE_WIDTH, BOTTOM, "pause")))
     return _svg(title, *parts)
 

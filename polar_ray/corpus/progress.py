@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from polar_ray.corpus.tracker import Snapshot
+from polar_ray.corpus.wording import duration, number, percent
 
 LINE_SECONDS = 10.0
 """Between two lines of a log."""
@@ -109,11 +110,10 @@ class LogProgress:
 
         def show(snapshot: Snapshot) -> None:
             nonlocal printed_at
-            if time.monotonic() - printed_at < LINE_SECONDS:
-                return
-            printed_at = time.monotonic()
-            done = rows_before + snapshot.rows
-            self._console.print(f"scoring {done}/{rows} rows, {rate.describe(snapshot)}", highlight=False)
+            note = rate.describe(snapshot)
+            if time.monotonic() - printed_at >= LINE_SECONDS:
+                printed_at = time.monotonic()
+                self._console.print(f"scoring {rows_before + snapshot.rows}/{rows} rows, {note}", highlight=False)
 
         yield show
 
@@ -138,28 +138,10 @@ class _Rate:
         saved = 1 - snapshot.computed_tokens / snapshot.tokens if snapshot.tokens else 0.0
         left_s = (self._todo - snapshot.rows) / rows_per_s
         parts = [
-            f"{human(rows_per_s)} rows/s",
-            f"{human(snapshot.computed_tokens / seconds)} tokens/s computed, {saved:.0%} saved",
-            f"{human_time(left_s)} left ({left_s * self._actors / 3600:.2g} engine-hours)",
+            f"{number(rows_per_s)} rows/s",
+            f"{number(snapshot.computed_tokens / seconds)} tokens/s computed, {percent(saved)} saved",
+            f"{duration(left_s)} left ({left_s * self._actors / 3600:.2g} engine-hours)",
         ]
         if snapshot.quarantined:
             parts.append(f"{snapshot.quarantined} rows quarantined")
         return ", ".join(parts)
-
-
-def human(number: float) -> str:
-    """A number for people: 950, 12.3k, 4.1M."""
-    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.1f}{suffix}"
-    return f"{number:.0f}" if number >= 10 else f"{number:.1f}"
-
-
-def human_time(seconds: float) -> str:
-    """A duration for people: 42 s, 3 min 20 s, 5 h 10 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -13,22 +13,18 @@ from markupsafe import Markup
 
 from polar_ray.corpus.history import Trace, trace
 from polar_ray.corpus.plots import (
-    SPACE,
     Area,
     Bars,
     clock,
-    decimal,
     draw_histogram,
     draw_rates,
     gather,
-    number,
     octave_ticks,
-    percent,
     quantile,
     value_ticks,
 )
-from polar_ray.corpus.progress import human_time
 from polar_ray.corpus.summary import LENGTH_BINS_PER_OCTAVE, REWARD_BIN, UnitReport
+from polar_ray.corpus.wording import SPACE, decimal, duration, number, percent
 from polar_ray.errors import PolarRayError
 from polar_ray.triples import STATUS_OK
 
@@ -122,7 +118,7 @@ def _speed_tile(total: UnitReport, facts: ReportFacts) -> Tile:
     if not rows or facts.wall_seconds <= 0:
         return Tile("rows/s", "–", "this run had nothing left to score")
     part = "" if rows == total.rows else f"{number(rows)} rows in "
-    note = f"{part}{human_time(facts.wall_seconds)}, {_plural(facts.actors, 'actor')}"
+    note = f"{part}{duration(facts.wall_seconds)}, {_plural(facts.actors, 'actor')}"
     return Tile("rows/s", number(rows / facts.wall_seconds), note)
 
 
@@ -203,7 +199,7 @@ def _speeds(history: Trace | None) -> list[Figure]:
     span = f"From {clock(history.starts[0])} to {clock(history.ends[-1])} UTC."
     if pauses:
         longest = "" if len(pauses) == 1 else ", the longest"
-        span += f" {_plural(len(pauses), 'pause')} without work{longest} of {human_time(pauses[0])}, cut out (striped)."
+        span += f" {_plural(len(pauses), 'pause')} without work{longest} of {duration(pauses[0])}, cut out (striped)."
     rows = draw_rates(history, [Area("rows", "rows/s", history.rows)], title="Rows per second over time")
     if not history.tokens.any():
         return [Figure(titles[0], rows, span), Figure(titles[1], Markup(""), "No row could be encoded.")]
@@ -285,11 +281,11 @@ def _counts(total: UnitReport, facts: ReportFacts) -> dict[str, str]:
         "groups": f"{total.spread.groups:,}",
         "groups without spread": f"{total.spread.zero_groups:,}",
         "units": f"{len(total.finished):,}",
-        "time of actors on units": human_time(total.seconds),
-        "of it in the engine": human_time(total.engine_seconds),
+        "time of actors on units": duration(total.seconds),
+        "of it in the engine": duration(total.engine_seconds),
         "this run, started": f"{clock(facts.started)} UTC",
         "this run, finished": f"{clock(facts.finished)} UTC",
-        "this run, wall time": human_time(facts.wall_seconds),
+        "this run, wall time": duration(facts.wall_seconds),
         "this run, actors": f"{facts.actors:,}",
         "inputs": f"{len(facts.inputs):,}",
     }

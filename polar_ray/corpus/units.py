@@ -119,9 +119,7 @@ def _sample_jsonl(location: Location, found: Contents, names: Sequence[str]) -> 
         if len(rows) >= DETECTION_ROWS:
             break
     objects = [{} if isinstance(row, TripleError) else row for row in rows[:DETECTION_ROWS]]
-    return pa.table(
-        {name: pa.array([_text_or_empty(row.get(name)) for row in objects], pa.string()) for name in names}
-    )
+    return pa.table({name: pa.array([_text_or_empty(row.get(name)) for row in objects], pa.string()) for name in names})
 
 
 def _text_or_empty(value: object) -> str | None:

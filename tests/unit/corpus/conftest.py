@@ -1,6 +1,6 @@
 """What the tests of the corpus job share: a receipt, small corpora, and the road from inputs to a manifest."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,3 @@ def plan_job(receipt: Receipt) -> PlanJob:
         return make_manifest(files, contents, receipt, columns, message_json)
 
     return plan
-
-
-def names_of(paths: Sequence[str]) -> list[str]:
-    return [Path(path).name for path in paths]

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from pathlib import PurePosixPath
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,15 +12,17 @@ from hypothesis import strategies as st
 
 from polar_ray.config import ColumnsConfig
 from polar_ray.corpus.inputs import Slice, cut_rows, examine, list_inputs
+from polar_ray.corpus.storage import Location
 from polar_ray.errors import InputError, SchemaError
-from tests.unit.corpus.conftest import make_table, names_of, write_corpus, write_lines
+from tests.unit.corpus.conftest import make_table, write_corpus, write_lines
 
 COLUMNS = ColumnsConfig()
 LINE = '{"prompt": "p", "reference": "r", "output": "o"}'
 
 
 def listed(*inputs):
-    return names_of([file.url for file in list_inputs([str(given) for given in inputs])])
+    """Names of the files that inputs stand for."""
+    return [PurePosixPath(file.url).name for file in list_inputs([str(name) for name in inputs])]
 
 
 @pytest.fixture
@@ -113,12 +116,10 @@ def test_a_glob_matches_urls_too_and_their_query_is_none_of_the_pattern(monkeypa
 
 
 def test_files_of_a_url_are_found_again_by_the_url_they_get():
-    from polar_ray.corpus.storage import Location
-
     Location("memory://in/year=2024").make_folder()
     Location("memory://in/year=2024/a.jsonl").write_atomically(LINE.encode())
-    for given in ("memory://in", "memory://in/*/*.jsonl", "memory://in/**"):
-        (file,) = list_inputs([given])
+    for name in ("memory://in", "memory://in/*/*.jsonl", "memory://in/**"):
+        (file,) = list_inputs([name])
         assert (file.url, file.partition) == ("memory://in/year=2024/a.jsonl", "year=2024")
     assert examine([file], COLUMNS, 10)[0].slices == (Slice(0, 1, 0, len(LINE)),)
     Location("memory://in").delete()

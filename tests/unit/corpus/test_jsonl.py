@@ -14,6 +14,7 @@ from polar_ray.corpus import jsonl
 from polar_ray.corpus.columns import parse_rows
 from polar_ray.corpus.jsonl import LINE_COLUMN, parse_line
 from polar_ray.corpus.storage import Location
+from polar_ray.corpus.units import read_unit
 from polar_ray.errors import RowUnreadable
 from polar_ray.triples import Triple
 from tests.unit.corpus.conftest import PlanJob, write_lines
@@ -209,8 +210,7 @@ def test_values_that_agree_on_a_type_have_it(read, values, kind):
 def test_values_that_agree_on_none_are_their_json_text(read, values):
     column = column_of(read, *values)
     assert column.type == pa.string()
-    back = [None if text is None else text for text in column.to_pylist()]
-    for before, text in zip(values, back, strict=True):
+    for before, text in zip(values, column.to_pylist(), strict=True):
         if before is None or isinstance(before, str):
             assert text == before
         else:
@@ -290,8 +290,6 @@ def is_same(given, found):
 
 
 def test_fields_are_scored_as_they_stand_in_the_line_whatever_their_columns_type(tmp_path, plan_job: PlanJob):
-    from polar_ray.corpus.units import read_unit
-
     conversation = [{"role": "user", "content": "hi"}]
     values = [conversation, "plain", 3, None, [{"content": 1}], "also plain", conversation]
     rows = [{"prompt": value, "reference": "r", "output": "o"} for value in values]
@@ -325,8 +323,6 @@ def test_json_text_is_parsed_where_the_column_is_json():
 
 
 def test_columns_config_applies_to_keys(tmp_path, plan_job: PlanJob):
-    from polar_ray.corpus.units import read_unit
-
     path = write_lines(
         tmp_path / "a.jsonl", '{"q": "p", "reference": "r", "output": "o", "kind": "pretrain", "wrapper": 1}'
     )

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from polar_ray.config import ColumnsConfig
-from polar_ray.corpus import units
 from polar_ray.corpus.inputs import Slice, examine, list_inputs
+from polar_ray.corpus.manifest import Unit
 from polar_ray.corpus.storage import Location
 from polar_ray.corpus.summary import UnitReport
 from polar_ray.corpus.units import (
@@ -83,9 +83,10 @@ def test_parts_of_one_giant_row_group_are_its_rows_in_order(tmp_path, plan_job: 
 
 
 @pytest.mark.parametrize("part", [Slice(0, 1), Slice(8191, 8193), Slice(8192, 8193), Slice(16384, 17000), Slice(3, 4)])
-def test_any_part_of_a_giant_row_group_is_those_rows(tmp_path, monkeypatch, part):
-    write_corpus(tmp_path / "a.parquet", make_table(17_000))
-    table = units._read_parquet(Location(str(tmp_path / "a.parquet")), part)
+def test_any_part_of_a_giant_row_group_is_those_rows(tmp_path, plan_job: PlanJob, part):
+    whole = plan_job(write_corpus(tmp_path / "a.parquet", make_table(17_000)))
+    unit = Unit(index=0, file=0, start=part.start, stop=part.stop)
+    table, _ = read_unit(whole.model_copy(update={"units": (unit,)}), 0)
     assert table.equals(make_table(part.rows, first=part.start))
 
 
@@ -158,9 +159,7 @@ def test_a_column_of_any_type_comes_through_bit_for_bit(tmp_path, plan_job: Plan
 
 
 def test_a_column_of_each_type_comes_through_a_part_of_a_giant_row_group(tmp_path, plan_job: PlanJob):
-    columns = {
-        name: column.take(pa.array(np.arange(20_000) % 3)) for name, column in ANY_TYPE.items() if "view" not in name
-    }
+    columns = {name: pa.chunked_array([column] * 6667).slice(0, 20_000) for name, column in ANY_TYPE.items()}
     path = write_corpus(tmp_path / "a.parquet", make_table(20_000, **columns), row_group_size=20_000)
     given_table = pq.ParquetFile(path).read()
     (table, *_, last) = score_units(plan_job(path, unit_rows=4000), tmp_path / "out")
@@ -270,10 +269,8 @@ def test_blocks_of_a_jsonl_file_join_whatever_is_in_which(tmp_path, plan_job: Pl
 
 
 def test_an_input_that_is_gone_is_an_input_error_that_names_the_unit(tmp_path, plan_job: PlanJob):
-    for path in (
-        write_corpus(tmp_path / "a.parquet"),
-        write_lines(tmp_path / "a.jsonl", json.dumps(make_table(1).to_pylist()[0])),
-    ):
+    lines = map(json.dumps, make_table(3).to_pylist())
+    for path in (write_corpus(tmp_path / "a.parquet"), write_lines(tmp_path / "a.jsonl", *lines)):
         manifest = plan_job(path)
         path.unlink()
         with pytest.raises(InputError, match=rf"unit 0 \({path} rows 0-\d\): cannot be read"):
@@ -301,7 +298,6 @@ def test_an_input_with_other_rows_in_as_many_bytes_is_refused(tmp_path, plan_job
     row = json.dumps({"prompt": "p", "reference": "r", "output": "o"})
     path = write_lines(tmp_path / "a.jsonl", row, row)
     manifest = plan_job(path)
-    path.write_bytes(path.read_bytes().replace(b"}\n{", b"},\n"))
     path.write_bytes(b" " * len(row) + b"\n" + row.encode() + b"\n")
     with pytest.raises(InputError, match="1 rows instead of 2; the file changed under the job"):
         read_unit(manifest, 0)
@@ -324,9 +320,8 @@ def test_pages_that_are_damaged_are_an_input_error_when_sampled_and_when_read(tm
 def test_message_json_is_decided_once_for_all_files_by_the_first_rows(tmp_path, plan_job: PlanJob):
     text = json.dumps(CONVERSATION)
     write_corpus(tmp_path / "in/0.parquet", make_table(0))
-    write_corpus(
-        tmp_path / "in/a.parquet", make_table(70).set_column(0, "prompt", pa.array([text] * 70)), row_group_size=1
-    )
+    table = make_table(70).set_column(0, "prompt", pa.array([text] * 70))
+    write_corpus(tmp_path / "in/a.parquet", table, row_group_size=1)
     write_corpus(tmp_path / "in/b.parquet", make_table(1))
     manifest = plan_job(tmp_path / "in")
     assert manifest.message_json == ("prompt",)
@@ -336,9 +331,7 @@ def test_message_json_is_decided_once_for_all_files_by_the_first_rows(tmp_path, 
 
 
 @pytest.mark.parametrize("row_group_size", [1, 100])
-def test_a_text_column_that_begins_with_json_stays_text_however_its_rows_are_grouped(
-    tmp_path, plan_job, row_group_size
-):
+def test_a_text_column_that_begins_with_json_stays_text_however_it_is_grouped(tmp_path, plan_job, row_group_size):
     prompts = pa.array([json.dumps(CONVERSATION), "plain", json.dumps(CONVERSATION)])
     path = write_corpus(
         tmp_path / "a.parquet", make_table(3).set_column(0, "prompt", prompts), row_group_size=row_group_size
