@@ -223,7 +223,7 @@ def _examine_parquet(file: InputFile, unit_rows: int) -> tuple[pa.Schema, list[S
             parquet = pq.ParquetFile(stream)
             groups = [parquet.metadata.row_group(place).num_rows for place in range(parquet.metadata.num_row_groups)]
             return parquet.schema_arrow, cut_rows(groups, unit_rows)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{file.url}: not a readable Parquet file ({error})") from None
 
 

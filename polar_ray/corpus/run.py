@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 
 import ray
 import ray.data
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from polar_ray.config import ScoreConfig, ray_address
 from polar_ray.corpus.actor import ActorTask, BuildScorer, ScoringActor
@@ -30,6 +32,8 @@ MOST_BLOCKS = 4096
 """Ray Data keeps state for every block; beyond this many units a block holds several."""
 
 POLL_SECONDS = 0.25
+
+CONNECT_SECONDS = 10.0
 
 GRACE_SECONDS = 5.0
 """For actors to leave by themselves when a job is stopped: enough for a batch on a GPU."""
@@ -91,9 +95,13 @@ def _keep_logs_off_the_terminal() -> None:
 
 
 def _connect(address: str, **quiet: Any) -> None:
+    host, colon, port = address.rpartition(":")
     try:
+        if colon and port.isdigit() and "://" not in address:
+            # Ray itself waits for minutes, in silence, for a host that is not there
+            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
         ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"RAY_ADDRESS = {address!r}: no Ray cluster answers there ({error})") from None
 
 
@@ -125,11 +133,18 @@ def run_units(job: Job, todo: list[int], progress: JobProgress, build_scorer: Bu
     threads = job.config.engine.threads or max(1, int(pool.cpus))
     engine = job.config.engine.model_copy(update={"threads": threads})
     task = ActorTask(job.output, job.config.model_copy(update={"engine": engine}), build_scorer)
-    tracker = ray.remote(JobTracker).options(num_cpus=0, max_restarts=-1).remote(pool.most)
+    tracker = _start_tracker(pool)
     rows_before = job.manifest.rows - sum(job.manifest.units[index].rows for index in todo)
     with progress.scoring(job.manifest.rows, rows_before, pool.most) as show:
         _drive(job, _dataset(todo, task, tracker, pool), tracker, show)
     return pool.most
+
+
+def _start_tracker(pool: Pool) -> Any:
+    """The job's tracker, on the driver's node: if that is lost, so is the job, and nothing else can take it away."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
+    return ray.remote(JobTracker).options(**options).remote(pool.most)
 
 
 def _plan_pool(config: ScoreConfig, n_units: int) -> Pool:

@@ -213,6 +213,13 @@ def test_a_truncated_file_is_refused(tmp_path, kept):
         examine(list_inputs([str(tmp_path)]), COLUMNS, 10)
 
 
+def test_a_file_whose_columns_have_names_that_are_no_text_is_refused(tmp_path):
+    whole = write_corpus(tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(whole.replace(b"reference", b"refer\xff\xfece"))
+    with pytest.raises(InputError, match=r"a.parquet: not a readable Parquet file .*utf-8"):
+        examine(list_inputs([str(tmp_path)]), COLUMNS, 10)
+
+
 def test_a_file_that_goes_away_between_listing_and_reading_is_an_input_error(tmp_path):
     parquet, lines = write_corpus(tmp_path / "a.parquet"), write_lines(tmp_path / "b.jsonl", LINE)
     for path in (parquet, lines):

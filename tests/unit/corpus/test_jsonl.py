@@ -275,6 +275,17 @@ def test_any_json_comes_through_with_one_schema_however_it_is_cut(read, rows):
             assert is_same(row.get(name), value), (row.get(name), value)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.one_of(st.binary(max_size=12), st.sampled_from([LINE.encode(), b'{"x":', b"[1]"])), max_size=6))
+def test_any_bytes_are_rows_or_blank_lines_or_lines_that_are_no_objects(read, lines):
+    lines = [LINE.encode(), *(line.replace(b"\n", b"") for line in lines)]
+    table, rows = read(*lines)
+    whole = [line for line in lines if line.strip()]
+    assert table.num_rows == len(rows) == len(whole)
+    for line, row in zip(whole, rows, strict=True):
+        assert (row == json.loads(LINE)) == (line == LINE.encode())
+
+
 def is_same(given, found):
     """Whether a JSON value came through: as itself, in a wider type, or as its text."""
     if given is None or found is None:

@@ -169,8 +169,8 @@ def test_progress_is_counted_as_it_is_made_and_once_when_the_unit_is_done():
 def test_rows_of_a_process_that_died_are_not_counted_again_in_the_next():
     tracker = JobTracker()
     for _ in range(3):
-        tracker.begin(UNIT, 100)
-        tracker.mark(UNIT, Rows(0, 100))
+        assignment = tracker.begin(UNIT, 100)
+        tracker.mark(UNIT, assignment.ranges[0])
         tracker.progress(UNIT, 60, 600, 300)
         assert tracker.snapshot().rows == 60
     tracker.begin(UNIT, 100)
