@@ -22,6 +22,9 @@ LINE_COLUMN = "unreadable_line"
 MOST_LEVELS = 32
 """Lists and objects within one another in a column's type. Parquet readers refuse types of more than about 48."""
 
+MOST_FIELDS = 1000
+"""Keys of the objects in a column's type. Objects with ever new keys are maps; as structs they would fill memory."""
+
 MOST_NESTED = 500
 """Deeper lines are refused, before Python's own limit, which depends on the caller, ends a process."""
 
@@ -65,6 +68,9 @@ class Seen:
         elif kind == "dict":
             for key, item in value.items():
                 self.fields.setdefault(key, Seen()).add(item, level + 1)
+            if len(self.fields) > MOST_FIELDS:
+                self.kinds.add("odd")
+                self.fields.clear()
 
     @property
     def type(self) -> pa.DataType | None:

@@ -224,6 +224,15 @@ def test_nested_lists_come_through_at_any_depth(read, levels):
     assert (json.loads(back) if isinstance(back, str) else back) == value
 
 
+def test_objects_with_ever_new_keys_are_json_text(tmp_path):
+    rows = [{"votes": {f"user {row} {n}": n for n in range(10)}} for row in range(jsonl.MOST_FIELDS)]
+    table, _ = read_all(write_lines(tmp_path / "a.jsonl", *map(json.dumps, rows)), 300)
+    assert [json.loads(text) for text in table.column("votes").to_pylist()] == [row["votes"] for row in rows]
+    few = [{"votes": {f"user {n}": n for n in range(100)}}] * 3
+    table, _ = read_all(write_lines(tmp_path / "a.jsonl", *map(json.dumps, few)), 300)
+    assert table.to_pylist() == few
+
+
 def test_nan_and_infinity_are_floats(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", *[f'{{"x": {x}}}' for x in ("NaN", "Infinity", "-Infinity", "1e999", "1")])
     table, _ = read_all(path, 2)
@@ -264,7 +273,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(st.dictionaries(st.sampled_from(["x", "y", "é"]), JSON, max_size=3), min_size=1, max_size=5))
 def test_any_json_comes_through_with_one_schema_however_it_is_cut(read, rows):
     rows = [{"n": number, **row} for number, row in enumerate(rows)]
@@ -275,7 +284,7 @@ def test_any_json_comes_through_with_one_schema_however_it_is_cut(read, rows):
             assert is_same(row.get(name), value), (row.get(name), value)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.one_of(st.binary(max_size=12), st.sampled_from([LINE.encode(), b'{"x":', b"[1]"])), max_size=6))
 def test_any_bytes_are_rows_or_blank_lines_or_lines_that_are_no_objects(read, lines):
     lines = [LINE.encode(), *(line.replace(b"\n", b"") for line in lines)]

@@ -344,7 +344,7 @@ FILES = st.builds(
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(FILES, max_size=5), st.sets(st.sampled_from(["prompt", "output"])))
 def test_any_manifest_survives_json(receipt, files, fields):
     manifest = Manifest(

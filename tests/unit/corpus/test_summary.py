@@ -122,20 +122,20 @@ def test_nothing_sums_to_nothing():
     assert combine([]) == UnitReport()
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(st.lists(REPORTS, max_size=5), st.randoms(use_true_random=False))
 def test_the_order_of_reports_does_not_matter(reports, random):
     shuffled = random.sample(reports, len(reports))
     assert combine(shuffled) == combine(reports)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(REPORTS, REPORTS, REPORTS)
 def test_sums_may_be_summed(one, two, three):
     assert combine([combine([one, two]), three]) == combine([one, combine([two, three])]) == combine([one, two, three])
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(REPORTS, REPORTS)
 def test_summing_changes_no_report(one, two):
     before = one.model_copy(deep=True), two.model_copy(deep=True)
@@ -143,7 +143,7 @@ def test_summing_changes_no_report(one, two):
     assert (one, two) == before
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(REPORTS)
 def test_one_report_is_its_own_sum_and_survives_json(report):
     assert combine([report]) == report
