@@ -46,8 +46,8 @@ def engine(
 ) -> None:
     """Compare the torch engine with padded batches through transformers, on a CPU.
 
-    Ids are random; lengths are those of GSM8K triples. The four methods take turns in one process, and CPU seconds of
-    all threads decide, so that other work on the machine does not.
+    Ids are random; lengths are those of GSM8K triples. The four methods take turns in one process; the least CPU
+    seconds of each decide, so that other work on the machine does not. One dtype a run gives the cleanest figures.
 
     [dim]polar-ray bench engine --shape small --dtype bfloat16 --output engine.json[/]
     """
@@ -107,7 +107,7 @@ def _table(result: DtypeResult) -> Table:
             row.method,
             f"{row.computed_tokens:,}",
             f"{row.tokens_per_s:,.0f}",
-            f"{row.median_cpu_s:.2f}",
+            f"{row.least_cpu_s:.2f}",
             f"{row.speedup_over_readme:.2f}",
             f"{row.max_error:.1e}",
             f"{row.rms_error:.1e}",

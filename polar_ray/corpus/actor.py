@@ -38,6 +38,9 @@ ENGINE_FAILURE_FRACTION = 0.5
 MOST_QUARANTINED_ROWS = 16
 """Of one unit. Each cost two processes; where there are more, it is the machine and not the rows."""
 
+MOST_OTHER_DEATHS = 3
+"""On one unit, outside the engine. A lost node explains one or two; more is the file or the memory."""
+
 BuildScorer = Callable[[ScoreConfig], Scorer]
 
 
@@ -105,6 +108,7 @@ class ScoringActor:
     def _do_unit(self, index: int) -> UnitReport:
         committed = read_report(self._task.output, self._manifest, index)
         if committed is not None:  # the task is a retry, and its first try got this far
+            self._tell_finished(index, committed)
             return committed
         try:
             return self._score_unit(index)
@@ -114,22 +118,30 @@ class ScoringActor:
 
     def _score_unit(self, index: int) -> UnitReport:
         started = time.perf_counter()
-        unit = self._manifest.units[index]
-        table, triples = read_unit(self._manifest, index)
-        assignment: Assignment = ray.get(self._tracker.begin.remote(index, unit.rows))
+        assignment: Assignment = ray.get(self._tracker.begin.remote(index, self._manifest.units[index].rows))
+        if assignment.other_deaths > MOST_OTHER_DEATHS:
+            raise JobError(
+                f"{self._manifest.describe(index)}: {assignment.other_deaths} processes died while reading or writing "
+                "it; look at the file and at the memory, or lower unit_rows"
+            )
         if len(assignment.quarantined) > MOST_QUARANTINED_ROWS:
             raise EngineError(
                 f"more than {MOST_QUARANTINED_ROWS} rows of {self._manifest.describe(index)} killed their process; "
                 "that is not the rows: look for a lack of memory, or lower engine.token_budget"
             )
+        table, triples = read_unit(self._manifest, index)
         before = self._scorer.usage.copy()
         scored = self._score_ranges(index, triples, assignment)
+        ray.get(self._tracker.scored.remote(index))
         self._check_engine(index, scored)
         usage = self._scorer.usage - before
         report = report_unit(triples, scored, usage, time.perf_counter() - started)
         write_unit(self._task.output, self._manifest, index, table, scored, report)
-        ray.get(self._tracker.finish.remote(index, report.rows, report.tokens, report.computed_tokens))
+        self._tell_finished(index, report)
         return report
+
+    def _tell_finished(self, index: int, report: UnitReport) -> None:
+        ray.get(self._tracker.finish.remote(index, report.rows, report.tokens, report.computed_tokens))
 
     def _score_ranges(self, index: int, triples: list[Triple | TripleError], assignment: Assignment) -> list[Scored]:
         scored: dict[int, Scored] = {row: _crashed() for row in assignment.quarantined}

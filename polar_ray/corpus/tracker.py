@@ -34,10 +34,14 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Assignment:
-    """How an actor is to go through a unit: these ranges in order, leaving out the quarantined rows."""
+    """How an actor is to go through a unit: these ranges in order, leaving out the quarantined rows.
+
+    `other_deaths` counts processes that died on the unit while they were not scoring: reading it, or writing it.
+    """
 
     ranges: tuple[Rows, ...]
     quarantined: frozenset[int]
+    other_deaths: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,10 @@ class Snapshot:
 @dataclass
 class _UnitState:
     ranges: list[Rows]
+    is_taken: bool = False
     in_flight: Rows | None = None
     since: float = 0.0
+    other_deaths: int = 0
     deaths: dict[Rows, int] = field(default_factory=dict)
     quarantined: set[int] = field(default_factory=set)
     engine_failures: int = 0
@@ -118,19 +124,28 @@ class JobTracker:
         return is_first
 
     def begin(self, unit: int, rows: int) -> Assignment:
-        """Somebody takes a unit. If it was in flight already, the process that had it is dead."""
+        """Somebody takes a unit. If it was taken already, the process that had it is dead."""
         state = self._units.setdefault(unit, _UnitState([Rows(0, rows)]))
         if state.in_flight is not None:
             self._note_death(state, state.in_flight)
-        state.in_flight = None
+        elif state.is_taken:
+            self._deaths += 1
+            state.other_deaths += 1
+        state.is_taken, state.in_flight = True, None
         state.rows = state.tokens = state.computed_tokens = 0
-        return Assignment(tuple(state.ranges), frozenset(state.quarantined))
+        return Assignment(tuple(state.ranges), frozenset(state.quarantined), state.other_deaths)
 
     def mark(self, unit: int, rows: Rows) -> None:
         """These rows are about to go into the engine."""
         state = self._units.get(unit)
         if state is not None and rows in state.ranges:
             state.in_flight, state.since = rows, time.monotonic()
+
+    def scored(self, unit: int) -> None:
+        """No row of the unit is in the engine any more; what happens now is not the rows' doing."""
+        state = self._units.get(unit)
+        if state is not None:
+            state.in_flight = None
 
     def progress(self, unit: int, rows: int, tokens: int, computed_tokens: int) -> bool:
         """Work done on a unit since the last call. True: stop, the job is over."""
@@ -155,7 +170,7 @@ class JobTracker:
         state = self._units.get(unit)
         if state is None:
             return True
-        state.in_flight = None  # the process goes on purpose: that is no death of its rows
+        state.is_taken, state.in_flight = False, None  # the process goes on purpose: that is no death
         state.engine_failures += 1
         return state.engine_failures < ENGINE_FAILURES_BEFORE_GIVING_UP
 

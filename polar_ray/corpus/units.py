@@ -15,7 +15,7 @@ from polar_ray.corpus.inputs import Contents, InputFile, Slice, examine, list_in
 from polar_ray.corpus.manifest import Manifest
 from polar_ray.corpus.storage import Location
 from polar_ray.corpus.summary import UnitReport
-from polar_ray.errors import InputError, TripleError
+from polar_ray.errors import InputError, OutputError, TripleError
 from polar_ray.triples import Scored, Triple
 
 RECEIPT_KEY = b"polar_ray.receipt"
@@ -94,12 +94,20 @@ def write_unit(
 
 
 def read_report(output: Location, manifest: Manifest, index: int) -> UnitReport | None:
-    """The report in a unit's file; None while there is no such file."""
+    """The report in a unit's file; None while there is no such file.
+
+    Raises `OutputError` for a file of that name that this job did not write.
+    """
     place = output.join(*manifest.part(index).split("/"))
     if not place.exists():
         return None
-    with place.filesystem.open_input_file(place.path) as stream:
-        metadata = pq.read_schema(stream).metadata or {}
+    try:
+        with place.filesystem.open_input_file(place.path) as stream:
+            metadata = pq.read_schema(stream).metadata or {}
+    except (OSError, pa.ArrowException) as error:
+        raise OutputError(f"{place.url}: cannot be read ({error}); remove it and run the same command again") from None
+    if metadata.get(RECEIPT_ID_KEY) != manifest.receipt.receipt_id.encode() or REPORT_KEY not in metadata:
+        raise OutputError(f"{place.url}: was not written by this job; remove it and run the same command again")
     return UnitReport.model_validate_json(metadata[REPORT_KEY])
 
 

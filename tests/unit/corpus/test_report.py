@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from polar_ray.corpus.history import MOST_BUCKETS, MOST_PAUSES, trace
 from polar_ray.corpus.plots import MOST_BARS, gather, quantile, round_ticks, time_ticks
-from polar_ray.corpus.wording import decimal, number, percent
 from polar_ray.corpus.report import ReportFacts, write_report
 from polar_ray.corpus.summary import Spread, UnitReport, combine, length_bin
+from polar_ray.corpus.wording import decimal, number, percent
 from polar_ray.errors import EmptyText
 
 STARTED = 1_763_870_000.0

@@ -111,7 +111,7 @@ def test_a_death_before_any_row_was_marked_blames_none():
     tracker = JobTracker()
     for _ in range(10):
         assert tracker.begin(UNIT, 100).ranges == (Rows(0, 100),)
-    assert tracker.snapshot().deaths == 0
+    assert tracker.begin(UNIT, 100).other_deaths == 10
 
 
 def test_a_death_in_one_unit_says_nothing_of_another():
@@ -257,3 +257,24 @@ def test_time_without_progress_runs_from_the_last_word(monkeypatch):
         say()
         assert tracker.snapshot().seconds_since_progress == 0
     assert tracker.snapshot().in_flight[0].seconds == 180
+
+
+def test_deaths_outside_the_engine_are_counted_and_blamed_on_no_row():
+    tracker = JobTracker()
+    assert tracker.begin(0, 8).other_deaths == 0
+    assert tracker.begin(0, 8).other_deaths == 1  # died while reading
+    tracker.mark(0, Rows(0, 8))
+    tracker.scored(0)
+    again = tracker.begin(0, 8)  # died while writing
+    assert again.other_deaths == 2
+    assert again.ranges == (Rows(0, 8),)
+    assert not again.quarantined
+
+
+def test_a_process_that_leaves_because_of_its_engine_is_no_death():
+    tracker = JobTracker()
+    tracker.begin(0, 8)
+    tracker.mark(0, Rows(0, 8))
+    assert tracker.engine_failed(0)
+    assert tracker.begin(0, 8).other_deaths == 0
+    assert tracker.snapshot().deaths == 0

@@ -28,7 +28,7 @@ from polar_ray.corpus.units import (
     read_unit,
     write_unit,
 )
-from polar_ray.errors import InputError, RowUnreadable
+from polar_ray.errors import InputError, OutputError, RowUnreadable
 from polar_ray.receipts import Receipt
 from polar_ray.triples import Scored, Triple
 from tests.unit.corpus.conftest import PlanJob, make_table, write_corpus, write_lines
@@ -370,3 +370,16 @@ def test_one_row_may_be_of_a_file_that_was_scored_before(tmp_path):
 def test_one_row_that_cannot_be_read_is_its_error(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", json.dumps(make_table(1).to_pylist()[0]), "oops")
     assert isinstance(read_row(str(path), 1, COLUMNS), RowUnreadable)
+
+
+def test_a_strangers_file_in_a_units_place_is_not_taken_for_its_result(tmp_path, plan_job):
+    write_corpus(tmp_path / "in/a.parquet", make_table(3))
+    manifest = plan_job(tmp_path / "in")
+    output = Location(str(tmp_path / "out"))
+    output.make_folder()
+    write_corpus(tmp_path / "out" / manifest.part(0), make_table(3))
+    with pytest.raises(OutputError, match="was not written by this job; remove it"):
+        read_report(output, manifest, 0)
+    (tmp_path / "out" / manifest.part(0)).write_bytes(b"PAR1 cut short")
+    with pytest.raises(OutputError, match="cannot be read"):
+        read_report(output, manifest, 0)
