@@ -1,7 +1,6 @@
 """The torch engine beside the ways it replaces, on the same sequences, interleaved in one process.
 
-The least CPU seconds of all rounds, over all threads, are what is compared: other work on the machine can only add to
-them, as threads that wait for one another spin. The float32 run that errors are counted from comes last: large buffers
+The median CPU seconds of all rounds, over all threads, are what is compared. The float32 run that errors are counted from comes last: large buffers
 that were freed before leave a heap in which the padded methods take a tenth less time than in a process of their own.
 """
 
@@ -41,7 +40,7 @@ METHODS = {
 
 @dataclass
 class Measurement:
-    """One method: raw seconds of every round, and what they come to. Rates and ratios are of the fastest rounds."""
+    """One method: raw seconds of every round, and what they come to. Rates and ratios are of the medians."""
 
     method: str
     what: str
@@ -59,7 +58,6 @@ class Measurement:
     max_error: float = 0.0
     rms_error: float = 0.0
     tokens_per_s: float = 0.0
-    least_cpu_s: float = 0.0
     median_cpu_s: float = 0.0
     speedup_over_readme: float = 0.0
     fraction_of_gemm_rate: float = 0.0
@@ -131,11 +129,10 @@ def _bench_dtype(
             results[name].wall_s.append(time.perf_counter() - wall)
             results[name].cpu_s.append(time.process_time() - cpu)
     for result in results.values():
-        result.least_cpu_s = min(result.cpu_s)
         result.median_cpu_s = statistics.median(result.cpu_s)
-        result.tokens_per_s = n_tokens / min(result.wall_s)
-        result.speedup_over_readme = min(results["readme"].cpu_s) / result.least_cpu_s
-        result.fraction_of_gemm_rate = result.flops / result.least_cpu_s / max(gemm_rates.values())
+        result.tokens_per_s = n_tokens / statistics.median(result.wall_s)
+        result.speedup_over_readme = statistics.median(results["readme"].cpu_s) / result.median_cpu_s
+        result.fraction_of_gemm_rate = result.flops / result.median_cpu_s / max(gemm_rates.values())
     return DtypeResult(dtype, gemm_rates, list(results.values())), rewards
 
 

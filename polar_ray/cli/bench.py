@@ -107,7 +107,7 @@ def _table(result: DtypeResult) -> Table:
             row.method,
             f"{row.computed_tokens:,}",
             f"{row.tokens_per_s:,.0f}",
-            f"{row.least_cpu_s:.2f}",
+            f"{row.median_cpu_s:.2f}",
             f"{row.speedup_over_readme:.2f}",
             f"{row.max_error:.1e}",
             f"{row.rms_error:.1e}",
