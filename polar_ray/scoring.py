@@ -10,7 +10,7 @@ from typing import Self
 
 import numpy as np
 
-from polar_ray.config import EngineConfig, LimitsConfig, ScoreConfig
+from polar_ray.config import EMBEDDED_MODEL, EngineConfig, LimitsConfig
 from polar_ray.encoding.encode import EncodedTriple, Encoder
 from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.engines.base import Engine
@@ -56,7 +56,7 @@ class Scorer:
     @classmethod
     def open(
         cls,
-        model: str = ScoreConfig().model,
+        model: str = EMBEDDED_MODEL,
         *,
         revision: str | None = None,
         engine: EngineConfig | None = None,

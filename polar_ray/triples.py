@@ -106,7 +106,7 @@ def parse_wrapper(value: object) -> Wrapper:
         return "sft"
     if value == "pretrain":
         return "pretrain"
-    raise TripleError(f"wrapper: expected one of {get_args(Wrapper)}, found {value!r}", field="wrapper")
+    raise TripleError(f"wrapper: expected one of {get_args(Wrapper)}, found {str(value)[:20]!r}", field="wrapper")
 
 
 def join_text(text: Text, field: str) -> str:

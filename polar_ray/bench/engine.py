@@ -1,7 +1,8 @@
 """The torch engine beside the ways it replaces, on the same sequences, interleaved in one process.
 
-The median CPU seconds of all rounds, over all threads, are what is compared. The float32 run that errors are counted from comes last: large buffers
-that were freed before leave a heap in which the padded methods take a tenth less time than in a process of their own.
+The median CPU seconds of all rounds, over all threads, are what is compared. The float32 run that errors are counted
+from comes last: large buffers that were freed before leave a heap in which the padded methods take a tenth less time
+than in a process of their own.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import os
 import queue
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -129,7 +129,7 @@ def run_units(job: Job, todo: list[int], progress: JobProgress, build_scorer: Bu
 
     Raises what the job's contract says, typed, with Ray's wrapping removed.
     """
-    pool = _plan_pool(job.config, len(todo))
+    pool = plan_pool(job.config, len(todo), [node["Resources"] for node in ray.nodes() if node["Alive"]])
     threads = job.config.engine.threads or max(1, int(pool.cpus))
     engine = job.config.engine.model_copy(update={"threads": threads})
     task = ActorTask(job.output, job.config.model_copy(update={"engine": engine}), build_scorer)
@@ -147,19 +147,23 @@ def _start_tracker(pool: Pool) -> Any:
     return ray.remote(JobTracker).options(**options).remote(pool.most)
 
 
-def _plan_pool(config: ScoreConfig, n_units: int) -> Pool:
-    """The pool that the settings name, or one that fills the cluster as it is now."""
-    engine, resources = config.engine, ray.cluster_resources()
-    cpus = float(resources.get("CPU", 1))
-    given = config.actor_range
+def plan_pool(config: ScoreConfig, n_units: int, nodes: Sequence[Mapping[str, float]]) -> Pool:
+    """The pool that the settings name, or one that fills `nodes` (their resources); never more actors than units.
+
+    An actor never asks for more than one node has, or it would wait for ever.
+    """
+    engine, given = config.engine, config.actor_range
     if engine.device == "cuda":
-        most = int(resources.get("GPU", 0)) // engine.tensor_parallel_size or 1
-        fewest, most = given or (most, most)
-        return Pool(min(fewest, n_units), min(most, n_units), engine.threads or 1, engine.tensor_parallel_size)
-    fewest, most = given or (1, max(1, int(cpus // (engine.threads or CPUS_PER_ENGINE))))
-    fewest, most = min(fewest, n_units), min(most, n_units)
-    share = min(CPUS_PER_ENGINE, cpus / most)
-    return Pool(most if given is None else fewest, most, engine.threads or (int(share) if share >= 1 else share), 0)
+        fitting = sum(int(node.get("GPU", 0)) // engine.tensor_parallel_size for node in nodes)
+        fewest, most = (min(count, n_units) for count in given or [max(1, fitting)] * 2)
+        return Pool(fewest, most, engine.threads or 1, engine.tensor_parallel_size)
+    cpus = [float(node.get("CPU", 0)) for node in nodes]
+    size = float(engine.threads or max(1, min(CPUS_PER_ENGINE, int(max(cpus, default=1)))))
+    fewest, most = (min(count, n_units) for count in given or [max(1, sum(int(n // size) for n in cpus))] * 2)
+    if engine.threads is None and sum(int(n // size) for n in cpus) < most:
+        size = max(sum(cpus), 1.0) / most  # more actors were asked for than engines of the usual size fit
+        size = min(size, max(cpus)) if size < 1 else float(int(size))
+    return Pool(fewest, most, size, 0)
 
 
 def _dataset(todo: list[int], task: ActorTask, tracker: Any, pool: Pool) -> ray.data.Dataset:

@@ -130,6 +130,12 @@ class Location:
         if self._uploads_atomically():
             self._write(self.path, content)
             return
+        try:
+            self._write_and_rename(content)
+        except FileNotFoundError:  # a second run of the same job sweeps away what looks left behind by a killed one
+            self._write_and_rename(content)
+
+    def _write_and_rename(self, content: pa.Buffer | bytes) -> None:
         folder, name = os.path.split(self.path)
         aside = f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"
         try:

@@ -79,7 +79,10 @@ def read_row(given: str, row: int, columns: ColumnsConfig) -> Triple | TripleErr
 def write_unit(
     output: Location, manifest: Manifest, index: int, table: pa.Table, scored: list[Scored], report: UnitReport
 ) -> None:
-    """Commit a unit: its input columns untouched, the reward columns, and the receipt, in one atomic step."""
+    """Commit a unit: its input columns untouched, the reward columns, and the receipt, in one atomic step.
+
+    Raises `OutputError` when the storage refuses; then there is no file.
+    """
     for name, column in reward_columns(scored, manifest.columns):
         table = table.append_column(name, column)
     metadata = {
@@ -90,7 +93,13 @@ def write_unit(
     }
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
-    output.join(*manifest.part(index).split("/")).write_atomically(sink.getvalue())
+    place = output.join(*manifest.part(index).split("/"))
+    try:
+        place.write_atomically(sink.getvalue())
+    except (OSError, pa.ArrowException) as error:
+        raise OutputError(
+            f"{place.url}: cannot be written ({error}); mend that and run the same command again"
+        ) from None
 
 
 def read_report(output: Location, manifest: Manifest, index: int) -> UnitReport | None:

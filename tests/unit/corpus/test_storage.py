@@ -207,3 +207,19 @@ def test_storage_without_renames_of_its_own_commits_through_fsspec(monkeypatch):
     folder.join("part.parquet").write_atomically(b"whole")
     assert [info.base_name for info in folder.walk()] == ["part.parquet"]
     assert list(MemoryFileSystem.store) == ["/out/part.parquet"]
+
+
+def test_a_sweep_by_a_second_run_in_the_middle_of_a_write_costs_nothing(tmp_path, monkeypatch):
+    place = Location(str(tmp_path / "part.parquet"))
+    write, swept = Location._write, []
+
+    def write_then_be_swept(self, path, content):
+        write(self, path, content)
+        if not swept:
+            swept.append(path)
+            os.unlink(path)
+
+    monkeypatch.setattr(Location, "_write", write_then_be_swept)
+    place.write_atomically(b"whole")
+    assert (tmp_path / "part.parquet").read_bytes() == b"whole"
+    assert os.listdir(tmp_path) == ["part.parquet"]
