@@ -19,7 +19,7 @@ class Receipt(Settings):
     """Two rewards with equal `receipt_id` were made by the same weights, ids and arithmetic, and may be compared."""
 
     weights_digest: str
-    """sha256 over the tensors, whatever their files are called; empty for an engine without weights."""
+    """sha256 over the model's numbers and tensors, however they are cut into files; empty for an engine without any."""
 
     tokenizer_digest: str
     encoding_version: int

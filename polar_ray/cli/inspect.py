@@ -16,7 +16,7 @@ from polar_ray.encoding.encode import EncodedTriple, Encoder
 from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.errors import ConfigError, InputError, TripleError
 from polar_ray.model.locate import locate_model
-from polar_ray.triples import Triple
+from polar_ray.triples import Scored, Triple
 
 
 def inspect(
@@ -43,18 +43,18 @@ def inspect(
     tokenizer = PolarTokenizer(locate_model(settings.model, settings.revision))
     encoder = Encoder(tokenizer, settings.limits)
     encoded = encoder.encode(triple)
-    value = _reward(triple, settings) if reward else None
+    scored = _score(triple, settings) if reward else None
     if as_json:
-        typer.echo(json.dumps(_as_dict(encoded, tokenizer, value), ensure_ascii=False))
+        typer.echo(json.dumps(_as_dict(encoded, tokenizer, scored), ensure_ascii=False))
         return
-    _show(Console(), encoded, tokenizer, value)
+    _show(Console(), encoded, tokenizer, scored)
 
 
 def _read(row: str, settings: ScoreConfig) -> Triple:
     path, mark, number = row.rpartition("#")
     if not mark:
         return _read_json(Path(row))
-    if not number.isdigit():
+    if not number.isdecimal():
         raise ConfigError(f"{row}: expected PARQUET#ROW with a row number, such as triples.parquet#17")
     from polar_ray.corpus.units import read_row
 
@@ -69,23 +69,23 @@ def _read_json(file: Path) -> Triple:
         content = json.loads(file.read_bytes())
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}); give a JSON file or PARQUET#ROW") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not JSON ({error})") from None
     if not isinstance(content, dict):
         raise InputError(f"{file}: expected one JSON object, found {type(content).__name__}")
     return Triple.from_dict(content)
 
 
-def _reward(triple: Triple, settings: ScoreConfig) -> float | None:
+def _score(triple: Triple, settings: ScoreConfig) -> Scored:
     from polar_ray.scoring import Scorer
 
     with Scorer.open(
         settings.model, revision=settings.revision, engine=settings.engine, limits=settings.limits
     ) as scorer:
-        return scorer.score([triple])[0].reward
+        return scorer.score([triple])[0]
 
 
-def _as_dict(encoded: EncodedTriple, tokenizer: PolarTokenizer, reward: float | None) -> dict[str, Any]:
+def _as_dict(encoded: EncodedTriple, tokenizer: PolarTokenizer, scored: Scored | None) -> dict[str, Any]:
     ids = encoded.ids.tolist()
     return {
         "ids": ids,
@@ -95,12 +95,12 @@ def _as_dict(encoded: EncodedTriple, tokenizer: PolarTokenizer, reward: float | 
         "prompt_cut_tokens": encoded.prompt_cut_tokens,
         "reference_cut_tokens": encoded.reference_cut_tokens,
         "output_cut_tokens": encoded.output_cut_tokens,
-        "removed_control_tokens": encoded.removed_control_tokens,
-        "reward": reward,
+        "removed": list(encoded.removed),
+        **({} if scored is None else {"reward": scored.reward, "status": scored.status, "detail": scored.detail}),
     }
 
 
-def _show(console: Console, encoded: EncodedTriple, tokenizer: PolarTokenizer, reward: float | None) -> None:
+def _show(console: Console, encoded: EncodedTriple, tokenizer: PolarTokenizer, scored: Scored | None) -> None:
     pieces = Text()
     for place, id in enumerate(encoded.ids.tolist()):
         is_control = id in tokenizer.control_ids
@@ -118,9 +118,9 @@ def _show(console: Console, encoded: EncodedTriple, tokenizer: PolarTokenizer, r
     cuts = (encoded.prompt_cut_tokens, encoded.reference_cut_tokens, encoded.output_cut_tokens)
     named = [f"{n} of the {name}" for n, name in zip(cuts, ("prompt", "reference", "output"), strict=True) if n]
     table.add_row("cut", ", ".join(named) + " (tokens)" if named else "nothing")
-    table.add_row("control tokens", f"{encoded.removed_control_tokens} removed from the texts")
-    if reward is not None:
-        table.add_row("reward", f"{reward:.6f}")
+    table.add_row("removed", Text(" ".join(encoded.removed)) if encoded.removed else "no control tokens")
+    if scored is not None:
+        table.add_row("reward", f"{scored.reward:.6f}" if scored.reward is not None else f"none: {scored.detail}")
     console.print(table)
 
 

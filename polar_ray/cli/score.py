@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 from polar_ray.config import load_score_config
-from polar_ray.model.locate import is_untrained, locate_model
 
 COUNTS = (
     "rows",
@@ -89,14 +90,16 @@ def score(
     notes = Console(stderr=True)
     progress: JobProgress = TerminalProgress(notes) if notes.is_terminal else LogProgress(notes)
     try:
-        summary: JobSummary = score_parquet(inputs, output, settings, fresh=fresh, progress=progress)
+        # When a worker dies Ray prints to stdout, where a summary for machines may be wanted.
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            summary: JobSummary = score_parquet(inputs, output, settings, fresh=fresh, progress=progress)
     except KeyboardInterrupt:
         notes.print("stopped; finished units are kept. Run the same command again to go on.", highlight=False)
         raise
     if settings.engine.kind == "fake":
-        notes.print(FAKE, style="yellow")
-    elif is_untrained(locate_model(settings.model, settings.revision)):
-        notes.print(UNTRAINED, style="yellow")
+        notes.print(FAKE, style="yellow", soft_wrap=True)
+    elif summary.untrained:
+        notes.print(UNTRAINED, style="yellow", soft_wrap=True)
     values = summary.model_dump()
     if as_json:
         typer.echo(json.dumps({name: values[name] for name in COUNTS}))

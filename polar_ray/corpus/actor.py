@@ -26,20 +26,23 @@ from polar_ray.errors import (
     PolarRayError,
     ProcessCrashed,
     TripleError,
+    unwrap,
 )
 from polar_ray.model.locate import locate_model
 from polar_ray.receipts import build_receipt
 from polar_ray.scoring import Scorer, Usage
 from polar_ray.triples import Scored, Triple
 
-ENGINE_FAILURE_FRACTION = 0.5
-"""When the engine fails on more of a unit than this, it is the engine: nothing is written, a fresh process tries."""
+CANARY = Triple("1 + 1 = ?", "2", "2")
+"""Scored to tell a broken engine from bad rows where no row of a unit went well."""
 
 MOST_QUARANTINED_ROWS = 16
 """Of one unit. Each cost two processes; where there are more, it is the machine and not the rows."""
 
 MOST_OTHER_DEATHS = 3
 """On one unit, outside the engine. A lost node explains one or two; more is the file or the memory."""
+
+CHECK_POLL_SECONDS = 0.5
 
 BuildScorer = Callable[[ScoreConfig], Scorer]
 
@@ -81,8 +84,9 @@ class ScoringActor:
             self._manifest = manifest
             self._check_node(manifest)
             self._scorer = task.build_scorer(task.config)
-        except PolarRayError as error:
-            ray.get(tracker.fail.remote(error))
+        except Exception as error:  # whatever it is, the driver is told what, without a remote traceback
+            known = error if isinstance(error, PolarRayError) else EngineStartError(f"{type(error).__name__}: {error}")
+            ray.get(tracker.fail.remote(unwrap(known)))
             raise
         ray.get(tracker.started.remote())
 
@@ -92,8 +96,11 @@ class ScoringActor:
         return {"unit": batch["unit"], "report": np.array(reports, dtype=object)}
 
     def _check_node(self, manifest: Manifest) -> None:
-        """Weights of the same name can differ from node to node; the first actor of each compares the receipt."""
-        if not ray.get(self._tracker.claim_check.remote(ray.get_runtime_context().get_node_id())):
+        """Weights of the same name can differ from node to node; one actor of each compares, the others wait for it."""
+        node = ray.get_runtime_context().get_node_id()
+        while (verdict := ray.get(self._tracker.claim_check.remote(node))) == "wait":
+            time.sleep(CHECK_POLL_SECONDS)
+        if verdict == "passed":
             return
         config = self._task.config
         folder = locate_model(config.model, config.revision)
@@ -104,6 +111,7 @@ class ScoringActor:
                 f"{config.model} on this node is not what the job was planned with: "
                 + "; ".join(f"{name} {theirs!r} instead of {ours!r}" for name, (ours, theirs) in differences.items())
             )
+        ray.get(self._tracker.pass_check.remote(node))
 
     def _do_unit(self, index: int) -> UnitReport:
         committed = read_report(self._task.output, self._manifest, index)
@@ -133,7 +141,7 @@ class ScoringActor:
         before = self._scorer.usage.copy()
         scored = self._score_ranges(index, triples, assignment)
         ray.get(self._tracker.scored.remote(index))
-        self._check_engine(index, scored)
+        self._check_engine(index, triples, scored)
         usage = self._scorer.usage - before
         report = report_unit(triples, scored, usage, time.perf_counter() - started)
         write_unit(self._task.output, self._manifest, index, table, scored, report)
@@ -152,21 +160,24 @@ class ScoringActor:
             scored.update(zip(range(rows.start, rows.stop), outcomes, strict=True))
         return [scored[row] for row in range(len(triples))]
 
-    def _check_engine(self, index: int, scored: list[Scored]) -> None:
-        """Leave, without writing, when the engine itself is broken: a fresh process first, then the job fails."""
-        failed = [row for row in scored if row.status in ENGINE_CODES]
-        if len(failed) < 2 or len(failed) <= ENGINE_FAILURE_FRACTION * len(scored):
+    def _check_engine(self, index: int, triples: list[Triple | TripleError], scored: list[Scored]) -> None:
+        """Leave, without writing, when it is the engine that is broken: a fresh process first, then the job fails.
+
+        Where the engine failed on rows, one that went well must go well again; after an error that sticks to a GPU
+        nothing does.
+        """
+        failed = [row for row in scored if row.status == EngineError.code]
+        if not failed:
+            return
+        good = (triple for triple, row in zip(triples, scored, strict=True) if row.is_ok)
+        if self._scorer.score([next(good, CANARY)])[0].is_ok:
             return
         if ray.get(self._tracker.engine_failed.remote(index)):
             os._exit(1)
         raise EngineError(
-            f"the engine fails on {len(failed)} of {len(scored)} rows of {self._manifest.describe(index)}, in fresh "
-            f"processes as well; the first failure: {failed[0].detail}"
+            f"the engine fails on {self._manifest.describe(index)}, in fresh processes as well; the first failure: "
+            f"{failed[0].detail}"
         )
-
-
-ENGINE_CODES = frozenset({EngineError.code})
-"""Statuses that say the engine failed, rather than the row."""
 
 
 class _Progress:

@@ -19,7 +19,7 @@ from polar_ray.config import ColumnsConfig
 from polar_ray.corpus import jsonl
 from polar_ray.corpus.columns import check_room, check_schema
 from polar_ray.corpus.storage import Location
-from polar_ray.errors import InputError
+from polar_ray.errors import InputError, OutputError
 
 Format = Literal["parquet", "jsonl"]
 
@@ -62,20 +62,22 @@ class Slice:
 
 @dataclass(frozen=True)
 class Contents:
-    """What is in a file: its slices, and for JSONL the schema that all of its rows fit."""
+    """What is in a file: its slices, and for JSONL the schema that the rows of all JSONL files fit."""
 
     slices: tuple[Slice, ...]
     schema: pa.Schema | None = None
 
 
-def list_inputs(inputs: Sequence[str]) -> list[InputFile]:
+def list_inputs(inputs: Sequence[str], *, besides: Location | None = None) -> list[InputFile]:
     """The files that `inputs` (files, folders, globs, URLs) stand for, in order and each once.
 
-    Raises `InputError` for an input that matches nothing, a file of unknown format, or one that is named twice.
+    Files below `besides`, the output, are none of them: an output folder may lie within an input folder. Raises
+    `InputError` for an input that matches nothing, a file of unknown format, or one that is named twice, and
+    `OutputError` for an input that lies in the output.
     """
     if not inputs or not all(inputs):
         raise InputError("no input given; name a Parquet or JSONL file, a folder, a glob or a URL")
-    files = [file for given in inputs for file in _list_one(given)]
+    files = [file for given in inputs for file in _outside(_list_one(given), given, besides)]
     seen: set[str] = set()
     for file in files:
         if file.url in seen:
@@ -99,18 +101,27 @@ def examine(
     whose columns do not fit.
     """
 
-    def examine_one(file: InputFile) -> Contents:
-        schema, slices = _examine_parquet(file, unit_rows) if file.format == "parquet" else _scan_jsonl(file, unit_rows)
-        is_jsonl = file.format == "jsonl"
+    scans: dict[str, jsonl.Scan] = {}
+
+    def examine_one(file: InputFile) -> tuple[Slice, ...]:
+        if file.format == "parquet":
+            schema, slices = _examine_parquet(file, unit_rows)
+        else:
+            scan = scans[file.url] = _scan_jsonl(file, unit_rows)
+            schema, slices = scan.schema, [Slice(b.start, b.stop, b.offset, b.end) for b in scan.blocks]
         if slices:
-            check_schema(schema, columns, file.url, any_type=is_jsonl)
+            check_schema(schema, columns, file.url, any_type=file.format == "jsonl")
             if will_write:
                 check_room(schema, columns, file.url)
         on_file()
-        return Contents(tuple(slices), schema if is_jsonl else None)
+        return tuple(slices)
 
     with ThreadPoolExecutor(LISTING_THREADS) as pool:
-        found = list(pool.map(examine_one, files))
+        slices_of = list(pool.map(examine_one, files))
+    common = jsonl.schema_of(scans[file.url] for file in files if file.url in scans)
+    found = [
+        Contents(slices, common if file.url in scans else None) for file, slices in zip(files, slices_of, strict=True)
+    ]
     if not any(contents.slices for contents in found):
         named = files[0].url + (f" and {len(files) - 1} more" if len(files) > 1 else "")
         raise InputError(f"{named}: no rows; there is nothing to score")
@@ -132,6 +143,16 @@ def cut_rows(row_groups: Iterable[int], unit_rows: int) -> list[Slice]:
     if stop > start:
         slices.append(Slice(start, stop))
     return slices
+
+
+def _outside(files: list[InputFile], given: str, output: Location | None) -> list[InputFile]:
+    if output is None:
+        return files
+    folder = PurePosixPath(output.path)
+    kept = [file for file in files if folder not in PurePosixPath(Location(file.url).path).parents]
+    if not kept:
+        raise OutputError(f"{output.url}: the input {given} lies in it; name an output folder of its own")
+    return kept
 
 
 def _list_one(given: str) -> list[InputFile]:
@@ -227,9 +248,8 @@ def _examine_parquet(file: InputFile, unit_rows: int) -> tuple[pa.Schema, list[S
         raise InputError(f"{file.url}: not a readable Parquet file ({error})") from None
 
 
-def _scan_jsonl(file: InputFile, unit_rows: int) -> tuple[pa.Schema, list[Slice]]:
+def _scan_jsonl(file: InputFile, unit_rows: int) -> jsonl.Scan:
     try:
-        scan = jsonl.scan(Location(file.url), unit_rows)
+        return jsonl.scan(Location(file.url), unit_rows)
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{file.url}: cannot be read ({error})") from None
-    return scan.schema, [Slice(block.start, block.stop, block.offset, block.end) for block in scan.blocks]

@@ -18,6 +18,7 @@ from polar_ray.corpus.manifest import (
     FOLDER,
     Manifest,
     check_same_job,
+    check_writable,
     discard_job,
     discard_leftovers,
     finished_parts,
@@ -32,10 +33,10 @@ from polar_ray.corpus.storage import Location
 from polar_ray.corpus.summary import UnitReport, combine
 from polar_ray.corpus.units import read_report, read_sample
 from polar_ray.encoding.tokenizer import PolarTokenizer
-from polar_ray.engines.build import resolve_engine
-from polar_ray.errors import JobError, OutputError, TooManyFailures
-from polar_ray.model.locate import locate_model
-from polar_ray.receipts import Receipt, build_receipt
+from polar_ray.engines.build import refuse_unsupported, resolve_engine
+from polar_ray.errors import JobError, TooManyFailures
+from polar_ray.model.locate import is_untrained, locate_model
+from polar_ray.receipts import build_receipt
 
 
 class JobSummary(BaseModel):
@@ -58,6 +59,9 @@ class JobSummary(BaseModel):
     """Units that earlier runs had finished."""
 
     output: str
+    untrained: bool
+    """Whether the checkpoint says of itself that its weights are random."""
+
     report: str
     """Where report.html is: among the job's own files, for readers of Parquet folders stumble over anything else."""
 
@@ -85,61 +89,83 @@ def score_parquet(
     config, progress = config or ScoreConfig(), progress or SilentProgress()
     names = [str(given) for given in ([inputs] if isinstance(inputs, (str, Path)) else inputs)]
     place = Location(str(output)).absolute()
+    refuse_unsupported(config.engine)
     with ExitStack() as cluster:
         with progress.stage("checking the input"):
-            files = list_inputs(names)
-            _refuse_output_among_inputs(place, files)
-            if fresh:
-                discard_job(place)
-            manifest = load_manifest(place)
-            folder = locate_model(config.model, config.revision)
-        if manifest is None:
-            with progress.stage("starting Ray"):
-                cluster.enter_context(ray_cluster())
-        engine = _resolve(config.engine, folder, manifest)
-        with progress.stage("reading the weights"):
-            receipt = build_receipt(folder, PolarTokenizer(folder), engine, config.limits)
-        resolved = config.model_copy(update={"engine": engine})
-        job = _prepare(place, manifest, files, resolved, receipt, progress)
+            files = list_inputs(names, besides=place)
+            earlier = load_manifest(place)
+        if earlier is None or fresh:
+            job = _begin(place, files, config, progress, cluster, fresh=fresh)
+        else:
+            job = _resume(place, earlier, files, config, progress)
         todo = _unfinished(job)
         actors = 0
-        if todo and manifest is not None:
-            with progress.stage("starting Ray"):
-                cluster.enter_context(ray_cluster())
         if todo:
+            _connect(cluster, progress)
             actors = run_units(job, todo, progress, build_scorer or open_scorer)
     return _conclude(job, names, started, todo, actors, progress)
 
 
-def _resolve(engine: EngineConfig, folder: Path, manifest: Manifest | None) -> EngineConfig:
-    """`auto` means what it meant when the job was made: a cluster that has lost its GPUs does not change a job."""
-    if manifest is None:
-        return resolve_engine(engine, folder, has_gpu=has_gpu())
-    before = manifest.receipt
-    kept = {name: getattr(before, name) for name in ("device", "dtype") if getattr(engine, name) == "auto"}
-    return resolve_engine(engine.model_copy(update=kept), folder, has_gpu=before.device == "cuda")
-
-
-def _prepare(
+def _begin(
     output: Location,
-    manifest: Manifest | None,
     files: list[InputFile],
     config: ScoreConfig,
-    receipt: Receipt,
     progress: JobProgress,
+    cluster: ExitStack,
+    *,
+    fresh: bool,
 ) -> Job:
-    """The job of the manifest that `output` has, if it is this very job; else of a new one, written."""
-    if manifest is not None:
-        check_same_job(manifest, files, receipt, config.columns, output)
-        discard_leftovers(output)
-        return Job(output, manifest, config)
+    """A new job, its manifest written. What is cheap to check comes first; the weights are hashed last.
+
+    With `fresh` an earlier job in `output` is discarded, when nothing can go wrong any more but the work itself.
+    """
     with progress.counted("reading footers", len(files)) as on_file:
         contents = examine(files, config.columns, config.unit_rows, on_file)
     message_json = detect_message_json(read_sample(files, contents, config.columns), config.columns)
+    folder = locate_model(config.model, config.revision)
+    tokenizer = PolarTokenizer(folder)
+    check_writable(output)
+    _connect(cluster, progress)
+    engine = resolve_engine(config.engine, folder, has_gpu=has_gpu())
+    with progress.stage("reading the weights"):
+        receipt = build_receipt(folder, tokenizer, engine, config.limits)
     manifest = make_manifest(files, contents, receipt, config.columns, message_json)
+    if fresh:
+        discard_job(output)
     save_manifest(output, manifest)
-    output.join(FOLDER, "settings.json").write_atomically(config.model_dump_json(indent=2).encode())
-    return Job(output, manifest, config)
+    job = Job(output, manifest, _resolved(config, engine, folder))
+    output.join(FOLDER, "settings.json").write_atomically(job.config.model_dump_json(indent=2).encode())
+    return job
+
+
+def _resume(
+    output: Location, manifest: Manifest, files: list[InputFile], config: ScoreConfig, progress: JobProgress
+) -> Job:
+    """The job that `output` has, if it is this very job.
+
+    `auto` means what it meant when the job was made: a cluster that has lost its GPUs does not change a job.
+    """
+    folder = locate_model(config.model, config.revision)
+    before = manifest.receipt
+    kept = {name: getattr(before, name) for name in ("device", "dtype") if getattr(config.engine, name) == "auto"}
+    engine = config.engine.model_copy(update=kept)
+    engine = resolve_engine(engine, folder, has_gpu=before.device == "cuda")
+    with progress.stage("reading the weights"):
+        receipt = build_receipt(folder, PolarTokenizer(folder), engine, config.limits)
+    check_same_job(manifest, files, receipt, config.columns, output)
+    discard_leftovers(output)
+    return Job(output, manifest, _resolved(config, engine, folder))
+
+
+def _resolved(config: ScoreConfig, engine: EngineConfig, folder: Path) -> ScoreConfig:
+    """Settings that mean the same in an actor's process, whose working folder is another."""
+    model = str(folder.resolve()) if Path(config.model).expanduser().is_dir() else config.model
+    return config.model_copy(update={"engine": engine, "model": model})
+
+
+def _connect(cluster: ExitStack, progress: JobProgress) -> None:
+    with progress.stage("connecting to Ray"):
+        cluster.enter_context(ray_cluster())
 
 
 def _unfinished(job: Job) -> list[int]:
@@ -147,19 +173,11 @@ def _unfinished(job: Job) -> list[int]:
     return [unit.index for unit in job.manifest.units if job.manifest.part(unit.index) not in done]
 
 
-def _refuse_output_among_inputs(output: Location, files: list[InputFile]) -> None:
-    """An output inside the input would be input the next time."""
-    inside = [
-        file.url for file in files if PurePosixPath(output.path) in PurePosixPath(Location(file.url).path).parents
-    ]
-    if inside:
-        raise OutputError(f"{output.url}: the input {inside[0]} lies in it; name a folder of its own")
-
-
 def _conclude(
     job: Job, names: list[str], started: float, todo: list[int], actors: int, progress: JobProgress
 ) -> JobSummary:
     """Add up the reports in the output's files, write report.html, and judge the failures."""
+    untrained = is_untrained(locate_model(job.config.model, job.config.revision))
     total = _add_up(job, progress)
     receipt, seconds = job.manifest.receipt, time.time() - started
     report = job.output.join(FOLDER, "report.html")
@@ -190,6 +208,7 @@ def _conclude(
         units=len(job.manifest.units),
         resumed_units=len(job.manifest.units) - len(todo),
         output=job.output.url,
+        untrained=untrained,
         report=report.url,
     )
 

@@ -1,4 +1,4 @@
-"""JSON Lines as input: one object per line, addressed by byte position, with one schema for the whole file.
+"""JSON Lines as input: one object per line, addressed by byte position, with one schema for all files of a job.
 
 A line that is not a JSON object is a row without a reward, not a failed job. Types are inferred over all lines at
 once, because types inferred block by block disagree (null here, string there) and make an output nobody can read.
@@ -7,7 +7,7 @@ once, because types inferred block by block disagree (null here, string there) a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +72,15 @@ class Seen:
                 self.kinds.add("odd")
                 self.fields.clear()
 
+    def merge(self, other: Seen) -> None:
+        """Take in what was seen elsewhere."""
+        self.kinds |= other.kinds
+        if other.items is not None:
+            self.items = self.items or Seen()
+            self.items.merge(other.items)
+        for key, seen in other.fields.items():
+            self.fields.setdefault(key, Seen()).merge(seen)
+
     @property
     def type(self) -> pa.DataType | None:
         """The type that holds every value unchanged, and that Parquet can hold; None if there is none."""
@@ -104,8 +113,17 @@ class Scan:
     @property
     def schema(self) -> pa.Schema:
         """Columns in order of appearance; where no type holds every value, their JSON text as strings."""
-        types = {name: seen.type for name, seen in self.columns.items()}
-        return pa.schema({name: pa.string() if kind is None else kind for name, kind in types.items()})
+        return schema_of([self])
+
+
+def schema_of(scans: Iterable[Scan]) -> pa.Schema:
+    """The schema that the rows of several files fit, so that what is made of them can be read as one data set."""
+    columns: dict[str, Seen] = {}
+    for scanned in scans:
+        for name, seen in scanned.columns.items():
+            columns.setdefault(name, Seen()).merge(seen)
+    types = {name: seen.type for name, seen in columns.items()}
+    return pa.schema({name: pa.string() if kind is None else kind for name, kind in types.items()})
 
 
 def scan(location: Location, block_rows: int) -> Scan:

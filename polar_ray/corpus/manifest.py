@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import re
+import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -68,6 +69,9 @@ class Manifest(Settings):
     """The list of units of a job. A unit's place in `units` is its index."""
 
     version: Literal[1] = 1
+    job_id: str
+    """Random; in every file that this job writes, so that no other job's file is taken for one of them."""
+
     receipt: Receipt
     columns: ColumnsConfig
     message_json: tuple[str, ...]
@@ -105,6 +109,7 @@ def make_manifest(
         (place, slice_) for place, found in enumerate(contents) for slice_ in found.slices
     ]
     return Manifest(
+        job_id=uuid.uuid4().hex,
         receipt=receipt,
         columns=columns,
         message_json=tuple(sorted(message_json)),
@@ -157,7 +162,20 @@ def save_manifest(output: Location, manifest: Manifest) -> None:
         for folder in sorted({file.partition for file in manifest.files}):
             (output.join(*folder.split("/")) if folder else output).make_folder()
         output.join(FOLDER).make_folder()
-        manifest_location(output).write_atomically(manifest.model_dump_json().encode())
+        manifest_location(output).write_atomically(manifest.model_dump_json().encode(), exclusively=True)
+    except FileExistsError:
+        raise OutputError(f"{output.url}: another run began a job here just now; wait for it, then run again") from None
+    except (OSError, pa.ArrowException) as error:
+        raise OutputError(f"{output.url}: cannot be written ({error})") from None
+
+
+def check_writable(output: Location) -> None:
+    """Raise `OutputError` unless files can be made below `output`, by making one and removing it."""
+    probe = output.join(FOLDER, "probe")
+    try:
+        output.join(FOLDER).make_folder()
+        probe.write_atomically(b"")
+        probe.delete()
     except (OSError, pa.ArrowException) as error:
         raise OutputError(f"{output.url}: cannot be written ({error})") from None
 

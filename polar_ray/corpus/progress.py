@@ -113,7 +113,9 @@ class LogProgress:
             note = rate.describe(snapshot)
             if time.monotonic() - printed_at >= LINE_SECONDS:
                 printed_at = time.monotonic()
-                self._console.print(f"scoring {rows_before + snapshot.rows}/{rows} rows, {note}", highlight=False)
+                self._console.print(
+                    f"scoring {rows_before + snapshot.rows}/{rows} rows, {note}", highlight=False, soft_wrap=True
+                )
 
         yield show
 

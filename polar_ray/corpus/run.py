@@ -7,6 +7,7 @@ import os
 import queue
 import socket
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,7 +130,10 @@ def run_units(job: Job, todo: list[int], progress: JobProgress, build_scorer: Bu
 
     Raises what the job's contract says, typed, with Ray's wrapping removed.
     """
-    pool = plan_pool(job.config, len(todo), [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    pool = plan_pool(job.config, len(todo), nodes)
+    if len(nodes) == 1 and ray_address() is None:
+        _refuse_what_never_fits(pool, nodes[0])
     threads = job.config.engine.threads or max(1, int(pool.cpus))
     engine = job.config.engine.model_copy(update={"threads": threads})
     task = ActorTask(job.output, job.config.model_copy(update={"engine": engine}), build_scorer)
@@ -150,7 +154,7 @@ def _start_tracker(pool: Pool) -> Any:
 def plan_pool(config: ScoreConfig, n_units: int, nodes: Sequence[Mapping[str, float]]) -> Pool:
     """The pool that the settings name, or one that fills `nodes` (their resources); never more actors than units.
 
-    An actor never asks for more than one node has, or it would wait for ever.
+    Left to itself, an actor never asks for more than a node has, or it would wait for ever.
     """
     engine, given = config.engine, config.actor_range
     if engine.device == "cuda":
@@ -164,6 +168,17 @@ def plan_pool(config: ScoreConfig, n_units: int, nodes: Sequence[Mapping[str, fl
         size = max(sum(cpus), 1.0) / most  # more actors were asked for than engines of the usual size fit
         size = min(size, max(cpus)) if size < 1 else float(int(size))
     return Pool(fewest, most, size, 0)
+
+
+def _refuse_what_never_fits(pool: Pool, node: Mapping[str, float]) -> None:
+    """On a cluster that cannot grow, an actor that does not fit its only node would be waited for in vain."""
+    remedies = {"GPU": "engine.device = cpu", "CPU": "a lower engine.threads"}
+    for name, asked in (("GPU", pool.gpus), ("CPU", pool.cpus)):
+        has = node.get(name, 0)
+        if asked > has:
+            raise ConfigError(
+                f"one engine asks for {asked:g} {name}s and this machine has {has:g}; set {remedies[name]}"
+            )
 
 
 def _dataset(todo: list[int], task: ActorTask, tracker: Any, pool: Pool) -> ray.data.Dataset:
@@ -200,12 +215,15 @@ def _drive(job: Job, data: ray.data.Dataset, tracker: Any, show: Show) -> None:
     consumer = threading.Thread(target=consume, name="polar-ray-consume", daemon=True)
     consumer.start()
     rows = failed = 0
+    watched = time.monotonic()
     try:
         while True:
+            if time.monotonic() - watched >= POLL_SECONDS:
+                _watch(job, tracker, show)
+                watched = time.monotonic()
             try:
                 arrival = arrivals.get(timeout=POLL_SECONDS)
             except queue.Empty:
-                _watch(job, tracker, show)
                 continue
             if arrival is None:
                 return
@@ -253,7 +271,7 @@ def _stop_a_job_gone_wrong(job: Job, rows: int, failed: int) -> None:
     allowed = job.config.max_failed_fraction * job.manifest.rows
     if failed > allowed:
         raise TooManyFailures(
-            f"{failed} of the first {rows} rows have no reward; max_failed_fraction = "
+            f"{failed} of the {rows} rows scored so far have no reward; max_failed_fraction = "
             f"{job.config.max_failed_fraction} allows {allowed:.0f} of {job.manifest.rows}. The files finished so far "
             f"in {job.output.url} say why, row by row"
         )

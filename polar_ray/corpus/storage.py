@@ -121,28 +121,37 @@ class Location:
         elif info.type == fs.FileType.File:
             self.filesystem.delete_file(self.path)
 
-    def write_atomically(self, content: pa.Buffer | bytes) -> None:
+    def write_atomically(self, content: pa.Buffer | bytes, *, exclusively: bool = False) -> None:
         """Put `content` here so that nobody ever sees a part of it, whatever dies when. An existing file is replaced.
+
+        With `exclusively` it is not, and `FileExistsError` raised: exactly on local disks, as far as looking first
+        can tell on object stores.
 
         The file's folder must exist. Object stores show an upload only once it is complete; elsewhere a hidden file
         beside it is written, synced and renamed.
         """
+        if exclusively and self.exists():
+            raise FileExistsError(self.path)
         if self._uploads_atomically():
             self._write(self.path, content)
             return
         try:
-            self._write_and_rename(content)
+            self._write_and_rename(content, exclusively)
         except FileNotFoundError:  # a second run of the same job sweeps away what looks left behind by a killed one
-            self._write_and_rename(content)
+            self._write_and_rename(content, exclusively)
 
-    def _write_and_rename(self, content: pa.Buffer | bytes) -> None:
+    def _write_and_rename(self, content: pa.Buffer | bytes, exclusively: bool) -> None:
         folder, name = os.path.split(self.path)
         aside = f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"
         try:
             self._write(aside, content)
             if self.is_local:
                 _sync(aside)
-            self.filesystem.move(aside, self.path)
+            if self.is_local and exclusively:
+                os.link(aside, self.path)
+                os.unlink(aside)
+            else:
+                self.filesystem.move(aside, self.path)
         except BaseException:
             if self.filesystem.get_file_info(aside).type != fs.FileType.NotFound:
                 self.filesystem.delete_file(aside)

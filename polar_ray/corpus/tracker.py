@@ -7,10 +7,11 @@ of being retried for ever.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from polar_ray.errors import PolarRayError
 
@@ -23,6 +24,15 @@ DEATHS_BEFORE_NARROWING = 2
 
 FAILED_STARTS_BEFORE_GIVING_UP = 3
 ENGINE_FAILURES_BEFORE_GIVING_UP = 3
+
+
+CHECK_SECONDS = 600.0
+"""After this an actor that was checking its node's weights is taken for dead; hashing 15 GB takes a minute at worst."""
+
+PASSED = math.inf
+"""In place of the time at which a check was claimed."""
+
+CheckVerdict = Literal["check", "wait", "passed"]
 
 
 class Rows(NamedTuple):
@@ -100,7 +110,7 @@ class JobTracker:
         self._actors = 0
         self._deaths = 0
         self._quarantined = 0
-        self._checked_nodes: set[str] = set()
+        self._checks: dict[str, float] = {}
         self._last_progress = time.monotonic()
         self._error: PolarRayError | None = None
         self._stopping = False
@@ -117,11 +127,17 @@ class JobTracker:
         self._starting = 0
         self._last_progress = time.monotonic()
 
-    def claim_check(self, node: str) -> bool:
-        """Whether the caller is the first on its node, and so the one to check the node's weights."""
-        is_first = node not in self._checked_nodes
-        self._checked_nodes.add(node)
-        return is_first
+    def claim_check(self, node: str) -> CheckVerdict:
+        """What an actor on `node` is to do about the node's weights: `check` them, `wait`, or go on: `passed`."""
+        claimed = self._checks.get(node)
+        if claimed is None or time.monotonic() - claimed > CHECK_SECONDS:
+            self._checks[node] = time.monotonic()
+            return "check"
+        return "passed" if claimed == PASSED else "wait"
+
+    def pass_check(self, node: str) -> None:
+        """The weights on `node` are the job's."""
+        self._checks[node] = PASSED
 
     def begin(self, unit: int, rows: int) -> Assignment:
         """Somebody takes a unit. If it was taken already, the process that had it is dead."""

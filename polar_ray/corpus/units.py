@@ -20,6 +20,7 @@ from polar_ray.triples import Scored, Triple
 
 RECEIPT_KEY = b"polar_ray.receipt"
 RECEIPT_ID_KEY = b"polar_ray.receipt_id"
+JOB_ID_KEY = b"polar_ray.job_id"
 REPORT_KEY = b"polar_ray.report"
 """Schema metadata of every output file."""
 
@@ -35,11 +36,9 @@ def read_unit(manifest: Manifest, index: int) -> tuple[pa.Table, list[Triple | T
     unit = manifest.units[index]
     file = manifest.files[unit.file]
     with _reading(manifest.describe(index)):
-        size = Location(file.url).info().size
-        if size not in (file.size, None):
-            raise InputError(
-                f"{manifest.describe(index)}: {size} bytes instead of {file.size}; the file changed under the job"
-            )
+        info = Location(file.url).info()
+        if info.is_file and (info.size, info.mtime_ns or 0) != (file.size, file.modified_ns):
+            raise InputError(f"{manifest.describe(index)}: the file changed under the job")
         table, triples = _read_slice(
             file.url, file.schema_of_rows, unit.slice, manifest.columns, frozenset(manifest.message_json)
         )
@@ -65,7 +64,10 @@ def read_sample(files: Sequence[InputFile], contents: Sequence[Contents], column
 
 def read_row(given: str, row: int, columns: ColumnsConfig) -> Triple | TripleError:
     """One row of one input file, as a job would read it. Raises `InputError` if there is no such row."""
-    (file,) = list_inputs([given])
+    files = list_inputs([given])
+    if len(files) != 1:
+        raise InputError(f"{given}: stands for {len(files)} files; name the one that the row is in")
+    file = files[0]
     (contents,) = examine([file], columns, READ_ROWS, will_write=False)
     part = next((part for part in contents.slices if part.start <= row < part.stop), None)
     if part is None:
@@ -89,6 +91,7 @@ def write_unit(
         **(table.schema.metadata or {}),
         RECEIPT_KEY: manifest.receipt.model_dump_json().encode(),
         RECEIPT_ID_KEY: manifest.receipt.receipt_id.encode(),
+        JOB_ID_KEY: manifest.job_id.encode(),
         REPORT_KEY: report.model_dump_json().encode(),
     }
     sink = pa.BufferOutputStream()
@@ -115,7 +118,7 @@ def read_report(output: Location, manifest: Manifest, index: int) -> UnitReport 
             metadata = pq.read_schema(stream).metadata or {}
     except (OSError, pa.ArrowException) as error:
         raise OutputError(f"{place.url}: cannot be read ({error}); remove it and run the same command again") from None
-    if metadata.get(RECEIPT_ID_KEY) != manifest.receipt.receipt_id.encode() or REPORT_KEY not in metadata:
+    if metadata.get(JOB_ID_KEY) != manifest.job_id.encode():
         raise OutputError(f"{place.url}: was not written by this job; remove it and run the same command again")
     return UnitReport.model_validate_json(metadata[REPORT_KEY])
 

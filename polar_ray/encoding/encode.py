@@ -57,11 +57,16 @@ class EncodedTriple:
     prompt_cut_tokens: int = 0
     reference_cut_tokens: int = 0
     output_cut_tokens: int = 0
-    removed_control_tokens: int = 0
+    removed: tuple[str, ...] = ()
+    """Control tokens that stood in the texts, or that their pieces would have made, and were removed; in order."""
 
     @property
     def cut_tokens(self) -> int:
         return self.prompt_cut_tokens + self.reference_cut_tokens + self.output_cut_tokens
+
+    @property
+    def removed_control_tokens(self) -> int:
+        return len(self.removed)
 
 
 @dataclass(slots=True)
@@ -73,7 +78,7 @@ class _Draft:
     output: str
     separator: str
     cut: tuple[int, int, int]
-    removed: int
+    removed: list[str]
 
     @property
     def first(self) -> str:
@@ -126,7 +131,7 @@ class Encoder:
             join_text(triple.reference, "reference"),
             join_text(triple.output, "output"),
         ]
-        removed = sum(len(self.tokenizer.special_pattern.findall(text)) for text in texts)
+        removed = [literal for text in texts for literal in self.tokenizer.special_pattern.findall(text)]
         if self._surely_fit(texts):
             prompt, reference, output = (self.sanitise(text) for text in texts)
             cut = (0, 0, 0)
@@ -182,17 +187,20 @@ class Encoder:
     def _assemble(self, draft: _Draft, segments: dict[str, Ids]) -> EncodedTriple:
         tokenizer = self.tokenizer
         first, second = segments[draft.first], segments[draft.second]
-        removed = draft.removed
+        removed = list(draft.removed)
         for_first, for_second = tokenizer.is_control[first], tokenizer.is_control[second]
         if for_first.any() or for_second.any():
-            removed += int(for_first.sum() + for_second.sum())
+            # The prompt stands in both segments; what it smuggles is one token of the text.
+            again = int(tokenizer.is_control[segments[draft.prompt]].sum())
+            smuggled = [*first[for_first].tolist(), *second[for_second].tolist()[again:]]
+            removed += [tokenizer.piece(id) for id in smuggled]
             first, second = first[~for_first], second[~for_second]
         frame = [
             np.array([id], dtype=np.int32) for id in (tokenizer.bos_id, tokenizer.separator_id, tokenizer.score_id)
         ]
         ids = np.concatenate([frame[0], first, frame[1], second, frame[2]])
         shareable = 2 + len(first) + _common_length(second, segments[draft.prompt])
-        return EncodedTriple(ids, shareable, *draft.cut, removed_control_tokens=removed)
+        return EncodedTriple(ids, shareable, *draft.cut, removed=tuple(removed))
 
 
 def _clean_up(text: str) -> str:

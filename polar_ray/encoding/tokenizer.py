@@ -59,7 +59,7 @@ class PolarTokenizer:
             )
         self.bos_id: int = self._pieces.bos_id()
         self.separator_id = literals[SEPARATOR]
-        self.score_id = int(config.get("reward_token_id", DEFAULT_SCORE_ID))
+        self.score_id = int(config.get("reward_token_id") or DEFAULT_SCORE_ID)
         self.vocab_size: int = self._pieces.GetPieceSize()
         self.special_ids = frozenset(
             {*literals.values(), self.bos_id, self._pieces.eos_id(), self._pieces.unk_id()} - {-1}
@@ -68,6 +68,11 @@ class PolarTokenizer:
         beyond = sorted(id for id in self.control_ids if not 0 <= id < self.vocab_size)
         if beyond:
             raise CheckpointError(f"{folder}: control token {beyond[0]} lies outside the {self.vocab_size} pieces")
+        if self.vocab_size > config.get("vocab_size", self.vocab_size):
+            raise CheckpointError(
+                f"{folder}: the tokenizer has {self.vocab_size} pieces and the model {config['vocab_size']}; they do "
+                "not belong together"
+            )
         if self.separator_id == self.score_id:
             raise CheckpointError(
                 f"{folder}: separator and score token are both {self.score_id}, as in InternLM2-reward; not a POLAR"
@@ -122,7 +127,7 @@ class PolarTokenizer:
 def _special_literals(settings: dict[str, Any]) -> dict[str, int]:
     """Literal to id of every token that tokenizer_config.json declares special."""
     declared = settings.get("added_tokens_decoder", {})
-    return {str(token["content"]): int(id) for id, token in declared.items() if token.get("special", False)}
+    return {str(token.get("content")): int(id) for id, token in declared.items() if token.get("special", False)}
 
 
 def _digest(model_file: Path, literals: dict[str, int], score_id: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from polar_ray.config import EngineConfig
@@ -19,17 +18,22 @@ def resolve_engine(engine: EngineConfig, folder: Path, *, has_gpu: bool) -> Engi
 
     Raises `ConfigError` for combinations that no engine supports.
     """
+    refuse_unsupported(engine)
     device = engine.device if engine.device != "auto" else ("cuda" if has_gpu else "cpu")
     dtype = engine.dtype if engine.dtype != "auto" else (_checkpoint_dtype(folder) if device == "cuda" else "float32")
+    if device == "cpu" and dtype == "float16":
+        raise ConfigError("engine.dtype = 'float16': CPUs have no float16 matrix units; use bfloat16 or float32")
+    budget = engine.token_budget or DEFAULT_TOKEN_BUDGET[device]
+    return engine.model_copy(update={"device": device, "dtype": dtype, "token_budget": budget})
+
+
+def refuse_unsupported(engine: EngineConfig) -> None:
+    """Raise `ConfigError` for what no machine would make possible."""
     if engine.tensor_parallel_size > 1:
         raise ConfigError(
             f"engine.tensor_parallel_size = {engine.tensor_parallel_size}: engine {engine.kind!r} runs on one device; "
             "leave it at 1 and use more actors"
         )
-    if device == "cpu" and dtype == "float16":
-        raise ConfigError("engine.dtype = 'float16': CPUs have no float16 matrix units; use bfloat16 or float32")
-    budget = engine.token_budget or DEFAULT_TOKEN_BUDGET[device]
-    return engine.model_copy(update={"device": device, "dtype": dtype, "token_budget": budget})
 
 
 def build_engine(engine: EngineConfig, folder: Path) -> Engine:
@@ -61,8 +65,6 @@ def weights_digest(engine: EngineConfig, folder: Path) -> str:
 
 
 def _checkpoint_dtype(folder: Path) -> str:
-    try:
-        named = json.loads((folder / "config.json").read_bytes()).get("torch_dtype", "float16")
-    except (OSError, ValueError):
-        return "float16"  # the checkpoint's loader reports what is wrong with the file
-    return named if named in ("float16", "bfloat16", "float32") else "float16"
+    from polar_ray.model.checkpoint import Checkpoint
+
+    return str(Checkpoint.open(folder).dtype).removeprefix("torch.")

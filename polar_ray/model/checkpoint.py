@@ -88,16 +88,18 @@ class Checkpoint:
 
 
 def weights_digest(folder: str | Path) -> str:
-    """sha256, as hex, over each tensor's name, dtype, shape and bytes, in the order of names.
+    """sha256, as hex, over the config's numbers and each tensor's name, dtype, shape and bytes, in the order of names.
 
     Two folders with the same weights have the same digest, however they are cut into files. Reads every byte once,
     on several threads, with `HASH_THREADS * HASH_CHUNK_BYTES` of memory.
     """
-    stored = Checkpoint.open(folder).stored
+    checkpoint = Checkpoint.open(folder)
+    stored = checkpoint.stored
     names = sorted(stored)
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         hashes = list(pool.map(_hash_bytes, (stored[name] for name in names)))
-    whole = hashlib.sha256()
+    # The same tensors under another rotary base or head count compute other rewards; the two ids do not matter here.
+    whole = hashlib.sha256(checkpoint.config.model_dump_json(exclude={"pad_token_id", "reward_token_id"}).encode() + b"\n")
     for name, digest in zip(names, hashes, strict=True):
         line = json.dumps([name, stored[name].dtype, list(stored[name].shape), digest])
         whole.update(line.encode() + b"\n")

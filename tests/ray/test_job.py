@@ -152,9 +152,7 @@ def test_a_row_that_kills_its_process_is_found_and_quarantined(tmp_path):
 
 def test_an_engine_that_fails_everywhere_fails_the_job_and_writes_nothing(corpus, tmp_path):
     with pytest.raises(EngineError, match="in fresh processes as well; the first failure: a kernel failed"):
-        score_parquet(
-            corpus, tmp_path / "out", FAKE, build_scorer=lambda config: faulty_scorer("raise", "Question", config)
-        )
+        score_parquet(corpus, tmp_path / "out", FAKE, build_scorer=lambda config: faulty_scorer("raise", "", config))
     assert not list((tmp_path / "out").glob("*.parquet"))
 
 
@@ -209,3 +207,50 @@ def test_jsonl_hive_folders_and_message_lists_are_scored_alike(tmp_path):
     scored = read_scored(tmp_path / "hive")
     assert scored["language"].to_pylist() == ["en"] * 8 + ["zh"] * 8
     assert scored["reward"].to_pylist() == read_scored(tmp_path / "plain")["reward"].to_pylist() * 2
+
+
+def test_an_engine_that_fails_on_some_rows_and_works_on_others_costs_those_rows_only(tmp_path):
+    rows = make_table(4).to_pylist()
+    for row in rows[:9]:
+        row["output"] = "POISON to the engine."
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
+    summary = score_parquet(
+        tmp_path / "in.parquet",
+        tmp_path / "out",
+        fake(max_failed_fraction=0.9),
+        build_scorer=lambda config: faulty_scorer("raise", "POISON", config),
+    )
+    assert summary.by_status == {"engine_failed": 9, "ok": 7}
+
+
+def test_fresh_keeps_the_earlier_job_until_the_new_one_can_start(corpus, tmp_path):
+    score_parquet(corpus, tmp_path / "out", FAKE)
+    kept = sorted(file.name for file in (tmp_path / "out").rglob("*"))
+    columns = FAKE.columns.model_copy(update={"output": "answer"})
+    with pytest.raises(SchemaError):
+        score_parquet(corpus, tmp_path / "out", fake(columns=columns), fresh=True)
+    with pytest.raises(CheckpointError):
+        score_parquet(corpus, tmp_path / "out", fake(model="/nowhere"), fresh=True)
+    assert sorted(file.name for file in (tmp_path / "out").rglob("*")) == kept
+
+
+def test_an_output_within_the_input_folder_is_no_input_the_next_time(corpus):
+    first = score_parquet(corpus, corpus / "scored", FAKE)
+    again = score_parquet(corpus, corpus / "scored", FAKE)
+    fresh = score_parquet(corpus, corpus / "scored", FAKE, fresh=True)
+    assert first.rows == again.rows == fresh.rows == 72
+    assert again.resumed_units == again.units
+
+
+def test_jsonl_files_of_one_job_share_a_schema(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    row = {"prompt": "p", "reference": "r", "output": "o"}
+    (folder / "a.jsonl").write_text(json.dumps(row | {"note": None}) + "\nnot json\n")
+    (folder / "b.jsonl").write_text(json.dumps(row | {"note": "text", "n": 1}) + "\n")
+    (folder / "c.jsonl").write_text(json.dumps(row | {"note": {"deep": 2}, "n": 1.5}) + "\n")
+    score_parquet(folder, tmp_path / "out", fake(max_failed_fraction=0.5))
+    scored = read_scored(tmp_path / "out").to_pylist()
+    assert [row["note"] for row in scored] == [None, None, "text", '{"deep": 2}']
+    assert [row["n"] for row in scored] == [None, None, 1.0, 1.5]
+    assert [row["reward_status"] for row in scored] == ["ok", "row_unreadable", "ok", "ok"]

@@ -1,5 +1,6 @@
 """SIGKILL at any moment, run the same command again: the result is that of an undisturbed run, row for row."""
 
+import json
 import os
 import signal
 import subprocess
@@ -83,6 +84,19 @@ def test_a_killed_worker_is_replaced_within_the_run(corpus, tmp_path):
     victims[0].kill()
     finish(job)
     assert read_scored(target).equals(expected)
+
+
+def test_the_summary_for_machines_stays_one_json_object_when_a_worker_dies(corpus, tmp_path):
+    source, _ = corpus
+    target = tmp_path / "out"
+    command = [sys.executable, "-m", "polar_ray", "score", str(source), "-o", str(target), "--set", "unit_rows=1"]
+    job = subprocess.Popen([*command, "--json"], cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for_parts(target, 2)
+    for victim in scoring_processes(job):
+        victim.kill()
+    printed, complaints = job.communicate(timeout=DEADLINE_S)
+    assert job.returncode == 0, complaints.decode()[-2000:]
+    assert json.loads(printed)["ok"] == 96
 
 
 def test_ctrl_c_stops_cleanly_and_says_how_to_resume(corpus, tmp_path):

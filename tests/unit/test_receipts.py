@@ -48,6 +48,16 @@ def test_weights_and_tokenizer_are_in_it(tmp_path):
     assert list(receipt(folder).differences(receipt())) == ["tokenizer_digest"]
 
 
+@pytest.mark.parametrize(
+    "change", [{"rope_theta": 5e7}, {"rms_norm_eps": 1e-6}, {"rope_scaling": None}, {"max_position_embeddings": 64}]
+)
+def test_the_same_tensors_computed_otherwise_are_another_model(tmp_path, change):
+    folder = shutil.copytree(EMBEDDED_FOLDER, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    assert list(receipt(folder).differences(receipt())) == ["weights_digest"]
+
+
 def test_a_receipt_survives_json():
     ours = receipt()
     assert Receipt.model_validate_json(ours.model_dump_json()).receipt_id == ours.receipt_id

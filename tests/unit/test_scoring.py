@@ -1,6 +1,9 @@
 """The scorer: order, duplicates, and a failing row that never takes its neighbours with it."""
 
+from pathlib import Path
+
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from polar_ray.config import EngineConfig, LimitsConfig
@@ -116,3 +119,14 @@ def test_the_embedded_model_scores_with_the_torch_engine():
         alone = [scorer.score([triple])[0] for triple in triples()]
     assert all(row.is_ok for row in shared)
     assert np.allclose([row.reward for row in shared], [row.reward for row in alone], atol=1e-4)
+
+
+def test_most_of_gsm8k_is_shared(small_tokenizer):
+    data = Path(__file__).parents[3] / "shared" / "data" / "gsm8k_triples.parquet"
+    if not data.is_file():
+        pytest.skip("GSM8K triples are not beside this checkout (../shared/data/gsm8k_triples.parquet)")
+    columns = pq.read_table(data, columns=["prompt", "reference", "output"]).to_pylist()
+    scorer = Scorer(Encoder(small_tokenizer, LimitsConfig()), FakeEngine(token_budget=4096))
+    assert all(row.is_ok for row in scorer.score([Triple(**row) for row in columns]))
+    assert scorer.usage.computed_tokens <= 0.55 * scorer.usage.tokens
+    assert scorer.usage.duplicates == 6

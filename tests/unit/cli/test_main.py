@@ -59,7 +59,7 @@ def test_inspect_shows_ids_pieces_and_what_was_removed(capsys, capital, small_to
     assert code == 0
     assert shown["tokens"] == len(shown["ids"]) == len(shown["pieces"])
     assert shown["ids"][-1] == small_tokenizer.score_id
-    assert shown["removed_control_tokens"] == 1
+    assert shown["removed"] == ["<|reward|>"]
     assert shown["pieces"].count("<|reward|>") == 1
     assert 0 < shown["shareable"] < shown["tokens"]
 
@@ -72,7 +72,7 @@ def test_inspect_reads_a_row_of_parquet_and_of_a_scored_file(capsys, tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     code, out, _ = run(capsys, "inspect", f"{tmp_path}/rows.parquet#1")
     assert code == 0
-    assert "0 removed from the texts" in out
+    assert "no control tokens" in out
     code, _, err = run(capsys, "inspect", f"{tmp_path}/rows.parquet#2")
     assert code == 2
     assert "there is no row 2" in err

@@ -348,6 +348,7 @@ FILES = st.builds(
 @given(st.lists(FILES, max_size=5), st.sets(st.sampled_from(["prompt", "output"])))
 def test_any_manifest_survives_json(receipt, files, fields):
     manifest = Manifest(
+        job_id="a",
         receipt=receipt,
         columns=ColumnsConfig(),
         message_json=tuple(fields),

@@ -148,7 +148,9 @@ def test_a_start_that_succeeds_clears_the_count():
 
 def test_each_nodes_weights_are_checked_by_its_first_actor():
     tracker = JobTracker()
-    assert [tracker.claim_check(node) for node in ("a", "b", "a", "b", "a")] == [True, True, False, False, False]
+    assert [tracker.claim_check(node) for node in ("a", "b", "a")] == ["check", "check", "wait"]
+    tracker.pass_check("a")
+    assert [tracker.claim_check(node) for node in ("a", "b")] == ["passed", "wait"]
 
 
 def test_progress_is_counted_as_it_is_made_and_once_when_the_unit_is_done():

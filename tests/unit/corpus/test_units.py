@@ -281,7 +281,7 @@ def test_an_input_that_changed_under_the_job_is_refused(tmp_path, plan_job: Plan
     path = write_corpus(tmp_path / "a.parquet", make_table(100), row_group_size=10)
     manifest = plan_job(path, unit_rows=10)
     write_corpus(path, make_table(100, first=50), row_group_size=10)
-    with pytest.raises(InputError, match=r"unit 3 .*: \d+ bytes instead of \d+; the file changed under the job"):
+    with pytest.raises(InputError, match=r"unit 3 .*: the file changed under the job"):
         read_unit(manifest, 3)
 
 
@@ -298,15 +298,20 @@ def test_an_input_with_other_rows_in_as_many_bytes_is_refused(tmp_path, plan_job
     row = json.dumps({"prompt": "p", "reference": "r", "output": "o"})
     path = write_lines(tmp_path / "a.jsonl", row, row)
     manifest = plan_job(path)
+    before = path.stat()
     path.write_bytes(b" " * len(row) + b"\n" + row.encode() + b"\n")
+    with pytest.raises(InputError, match="the file changed under the job"):
+        read_unit(manifest, 0)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(InputError, match="1 rows instead of 2; the file changed under the job"):
         read_unit(manifest, 0)
 
 
 def test_pages_that_are_damaged_are_an_input_error_when_sampled_and_when_read(tmp_path, plan_job: PlanJob):
     path = write_corpus(tmp_path / "a.parquet", make_table(1000), compression="zstd")
-    manifest, whole = plan_job(path), path.read_bytes()
+    manifest, whole, before = plan_job(path), path.read_bytes(), path.stat()
     path.write_bytes(whole[:4] + b"\x00" * 2000 + whole[2004:])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     files = list_inputs([str(path)])
     contents = examine(files, COLUMNS, 4096)
     with pytest.raises(InputError, match=r"a.parquet: cannot be read"):
