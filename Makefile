@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: setup ## score the demo's triples with the embedded checkpoint and rank them
-	$(BIN)/polar-ray score jobs/demo/triples.parquet --output build/demo
+	$(BIN)/polar-ray score jobs/demo/triples.parquet --output build/demo --fresh
 	$(BIN)/polar-ray rank build/demo
 	@echo "rewards: build/demo    report: build/demo/_polar_ray/report.html"
 

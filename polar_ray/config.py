@@ -141,7 +141,8 @@ class ScoreConfig(Settings):
     CPUs one per eight cores."""
 
     unit_rows: int = Field(4096, ge=1)
-    """Rows of one unit, the atom of progress: what a crash repeats, and the rows of one output file at most."""
+    """Rows of one unit, the atom of progress: what a crash repeats, and the rows of one output file at most. A job that
+    is resumed keeps the units it was made with."""
 
     max_failed_fraction: float = Field(0.05, ge=0, le=1)
     """The job fails once more than this share of the rows has no reward."""

@@ -2,7 +2,6 @@
 
     PolarRayError                       code                   retry  HTTP  exit
     ├── ConfigError (ValueError)        config_invalid         no     400   2
-    ├── MissingExtra (ImportError)      missing_extra          no     500   2
     ├── CheckpointError                 checkpoint_invalid     no     500   2
     ├── TripleError (ValueError)        triple_invalid         no     422   2
     │   ├── RowUnreadable               row_unreadable         no     422   2
@@ -59,12 +58,6 @@ class ConfigError(PolarRayError, ValueError):
     """A setting is unknown, malformed or contradicts another."""
 
     code, http_status, exit_code = "config_invalid", 400, 2
-
-
-class MissingExtra(PolarRayError, ImportError):
-    """An optional dependency is needed; the message is the install line."""
-
-    code, exit_code = "missing_extra", 2
 
 
 class CheckpointError(PolarRayError):

@@ -20,7 +20,7 @@ Ids = npt.NDArray[np.int32]
 Rewards = npt.NDArray[np.float32]
 
 MIN_SHARED_TOKENS = 16
-"""Shorter prefixes are not shared: below this the bookkeeping in the attention costs what the linear layers save."""
+"""Shorter prefixes are not shared: each one is a call of its own in the attention, for every layer."""
 
 
 @dataclass(frozen=True, slots=True)

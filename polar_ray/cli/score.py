@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,25 +12,6 @@ from rich.console import Console
 from rich.table import Table
 
 from polar_ray.config import load_score_config
-
-COUNTS = (
-    "rows",
-    "ok",
-    "failed",
-    "by_status",
-    "tokens",
-    "computed_tokens",
-    "duplicates",
-    "cut_rows",
-    "seconds",
-    "receipt_id",
-    "units",
-    "resumed_units",
-    "output",
-    "report",
-)
-"""What `--json` prints, in this order."""
-
 
 UNTRAINED = (
     "The weights of this checkpoint are untrained: its rewards are random numbers. They show that everything works "
@@ -100,11 +80,10 @@ def score(
         notes.print(FAKE, style="yellow", soft_wrap=True)
     elif summary.untrained:
         notes.print(UNTRAINED, style="yellow", soft_wrap=True)
-    values = summary.model_dump()
     if as_json:
-        typer.echo(json.dumps({name: values[name] for name in COUNTS}))
+        typer.echo(summary.model_dump_json())
         return
-    Console().print(_table(values))
+    Console().print(_table(summary.model_dump()))
 
 
 def _table(summary: dict[str, Any]) -> Table:

@@ -228,7 +228,7 @@ def _drive(job: Job, data: ray.data.Dataset, tracker: Any, show: Show) -> None:
             if arrival is None:
                 return
             if isinstance(arrival, BaseException):
-                raise _typed(arrival, tracker) from None
+                raise _typed(arrival, tracker) from arrival
             rows, failed = rows + arrival.rows, failed + arrival.failed
             _stop_a_job_gone_wrong(job, rows, failed)
     finally:
@@ -288,4 +288,7 @@ def _typed(error: BaseException, tracker: Any) -> BaseException:
     found = unwrap(error)
     if isinstance(found, PolarRayError):
         return found
-    return JobError(f"Ray gave up on the job: {type(found).__name__}: {found}")
+    if isinstance(found, ray.exceptions.RayError):
+        return JobError(f"Ray gave up on the job: {str(found).splitlines()[0]}")
+    # Another library's message may quote what it could not digest, and that would be somebody's text.
+    return JobError(f"an actor failed with {type(found).__name__}; polar-ray --debug shows where")

@@ -6,6 +6,7 @@ A commit is one atomic step on either: a rename on a filesystem, the end of one 
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,10 @@ URI_MARKS = ":/?@!$&'()*+,;=%~"
 """What stays as it is when a URL is given to pyarrow, which refuses one with a space or a letter beyond ASCII in it."""
 
 
+SECRETS = re.compile(r"(^|[?&])(access_key|secret_key|session_token|sig|[^&=]*signature)=", re.IGNORECASE)
+"""Parameters of an address that grant access by themselves."""
+
+
 @dataclass(frozen=True)
 class Location:
     """A path or URL, with the filesystem it lies on. Only the text travels between processes."""
@@ -31,7 +36,8 @@ class Location:
 
     def __post_init__(self) -> None:
         authority = self.url.partition("://")[2].partition("/")[0]
-        if ":" in authority.rpartition("@")[0]:  # abfs://container@account has none
+        is_signed = "://" in self.url and SECRETS.search(self.url.partition("?")[2])
+        if is_signed or ":" in authority.rpartition("@")[0]:  # abfs://container@account has none
             raise InputError(
                 "an address with credentials in it would end up in manifests and logs; give them in the environment"
             )

@@ -73,6 +73,8 @@ class PolarTokenizer:
                 f"{folder}: the tokenizer has {self.vocab_size} pieces and the model {config['vocab_size']}; they do "
                 "not belong together"
             )
+        if self.bos_id < 0:
+            raise CheckpointError(f"{model_file}: has no beginning-of-sequence token; POLAR's sequences begin with one")
         if self.separator_id == self.score_id:
             raise CheckpointError(
                 f"{folder}: separator and score token are both {self.score_id}, as in InternLM2-reward; not a POLAR"

@@ -34,7 +34,7 @@ HASH_CHUNK_BYTES = 4 << 20
 """What a hashing thread holds in memory at a time."""
 
 HASH_THREADS = 8
-"""More do not help: SHA-256 in hardware runs at 1-2 GB/s a core, and eight of them outrun a local disk."""
+"""Hashing releases the interpreter's lock; the files' storage is what bounds it from here on."""
 
 MAX_SHARD_BYTES = 5 << 30
 """Size of a written file; the hub's usual limit."""
@@ -99,7 +99,9 @@ def weights_digest(folder: str | Path) -> str:
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         hashes = list(pool.map(_hash_bytes, (stored[name] for name in names)))
     # The same tensors under another rotary base or head count compute other rewards; the two ids do not matter here.
-    whole = hashlib.sha256(checkpoint.config.model_dump_json(exclude={"pad_token_id", "reward_token_id"}).encode() + b"\n")
+    whole = hashlib.sha256(
+        checkpoint.config.model_dump_json(exclude={"pad_token_id", "reward_token_id"}).encode() + b"\n"
+    )
     for name, digest in zip(names, hashes, strict=True):
         line = json.dumps([name, stored[name].dtype, list(stored[name].shape), digest])
         whole.update(line.encode() + b"\n")

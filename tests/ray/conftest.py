@@ -11,8 +11,6 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("AWS_ACCESS_KEY_ID", "for-a-test-server")
 os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "for-a-test-server")
 
-pytestmark = pytest.mark.ray
-
 
 @pytest.fixture(scope="session")
 def cluster():

@@ -9,7 +9,7 @@ import pytest
 from polar_ray.config import EngineConfig, LimitsConfig
 from polar_ray.encoding.encode import Encoder
 from polar_ray.engines.fake import FakeEngine
-from polar_ray.errors import EngineError, EngineProtocolError, TripleError
+from polar_ray.errors import TripleError
 from polar_ray.scoring import Scorer
 from polar_ray.triples import Scored, Triple
 from tests.support.engines import FaultyEngine, contains
@@ -106,10 +106,6 @@ def test_on_batch_is_called_as_work_is_done(small_tokenizer):
     assert seen == sorted(seen)
     assert seen[-1] == 4
     assert len(seen) > 1
-
-
-def test_errors_are_engine_errors():
-    assert issubclass(EngineProtocolError, EngineError)
 
 
 def test_the_embedded_model_scores_with_the_torch_engine():

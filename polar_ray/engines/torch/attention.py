@@ -71,10 +71,10 @@ class SdpaAttention:
 class BlockAttention:
     """Products of blocks of queries with all their keys, on a CPU.
 
-    torch's flash kernel for CPUs reaches a fifth of the speed of plain products in bfloat16, and in float32 half of
-    oneDNN's. Weights are powers of two without the usual subtraction of each row's largest score, for which all scores
-    would be read once more. The sums tell afterwards whether a row has left the range in which this is exact; then the
-    call is done again with the subtraction.
+    torch's flash kernel for CPUs does not use oneDNN's products, which are faster in either dtype. Weights are powers
+    of two without the usual subtraction of each row's largest score, for which all scores would be read once more. The
+    sums tell afterwards whether a row has left the range in which this is exact; then the call is done again with the
+    subtraction.
     """
 
     def __init__(self, dtype: torch.dtype, head_dim: int, queries_per_key: int) -> None:

@@ -223,3 +223,10 @@ def test_a_sweep_by_a_second_run_in_the_middle_of_a_write_costs_nothing(tmp_path
     place.write_atomically(b"whole")
     assert (tmp_path / "part.parquet").read_bytes() == b"whole"
     assert os.listdir(tmp_path) == ["part.parquet"]
+
+
+@pytest.mark.parametrize("query", ["X-Amz-Signature=abc", "a=1&sig=abc", "secret_key=abc"])
+def test_an_address_that_grants_access_by_itself_is_refused_unseen(query):
+    with pytest.raises(InputError, match="credentials") as refusal:
+        Location(f"https://bucket.example/x.parquet?{query}")
+    assert "abc" not in str(refusal.value)

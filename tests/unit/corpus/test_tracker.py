@@ -271,12 +271,3 @@ def test_deaths_outside_the_engine_are_counted_and_blamed_on_no_row():
     assert again.other_deaths == 2
     assert again.ranges == (Rows(0, 8),)
     assert not again.quarantined
-
-
-def test_a_process_that_leaves_because_of_its_engine_is_no_death():
-    tracker = JobTracker()
-    tracker.begin(0, 8)
-    tracker.mark(0, Rows(0, 8))
-    assert tracker.engine_failed(0)
-    assert tracker.begin(0, 8).other_deaths == 0
-    assert tracker.snapshot().deaths == 0
