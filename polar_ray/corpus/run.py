@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import signal
 import socket
 import threading
 import time
@@ -214,25 +215,55 @@ def _drive(job: Job, data: ray.data.Dataset, tracker: Any, show: Show) -> None:
 
     consumer = threading.Thread(target=consume, name="polar-ray-consume", daemon=True)
     consumer.start()
+    with _interrupts() as interrupted:
+        try:
+            _follow(job, arrivals, tracker, show, interrupted)
+        finally:
+            _end(consumer, tracker)
+
+
+def _follow(
+    job: Job,
+    arrivals: queue.SimpleQueue[UnitReport | BaseException | None],
+    tracker: Any,
+    show: Show,
+    interrupted: threading.Event,
+) -> None:
+    """Until the last unit has arrived, or something says that it never will."""
     rows = failed = 0
     watched = time.monotonic()
+    while True:
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        if time.monotonic() - watched >= POLL_SECONDS:
+            _watch(job, tracker, show)
+            watched = time.monotonic()
+        try:
+            arrival = arrivals.get(timeout=POLL_SECONDS)
+        except queue.Empty:
+            continue
+        if arrival is None:
+            return
+        if isinstance(arrival, BaseException):
+            raise _typed(arrival, tracker) from arrival
+        rows, failed = rows + arrival.rows, failed + arrival.failed
+        _stop_a_job_gone_wrong(job, rows, failed)
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Set by Ctrl-C and by SIGTERM: an exception raised in the middle of a call into Ray can get lost there."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    kept = {number: signal.signal(number, lambda *_: asked.set()) for number in numbers}
     try:
-        while True:
-            if time.monotonic() - watched >= POLL_SECONDS:
-                _watch(job, tracker, show)
-                watched = time.monotonic()
-            try:
-                arrival = arrivals.get(timeout=POLL_SECONDS)
-            except queue.Empty:
-                continue
-            if arrival is None:
-                return
-            if isinstance(arrival, BaseException):
-                raise _typed(arrival, tracker) from arrival
-            rows, failed = rows + arrival.rows, failed + arrival.failed
-            _stop_a_job_gone_wrong(job, rows, failed)
+        yield asked
     finally:
-        _end(consumer, tracker)
+        for number, handler in kept.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _end(consumer: threading.Thread, tracker: Any) -> None:

@@ -99,7 +99,8 @@ def test_the_summary_for_machines_stays_one_json_object_when_a_worker_dies(corpu
     assert json.loads(printed)["ok"] == 96
 
 
-def test_ctrl_c_stops_cleanly_and_says_how_to_resume(corpus, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_job_stops_cleanly_and_says_how_to_resume(corpus, tmp_path, number):
     source, expected = corpus
     target = tmp_path / "out"
     command = [sys.executable, "-m", "polar_ray", "score", str(source), "-o", str(target), "--set", "unit_rows=1"]
@@ -108,7 +109,7 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_resume(corpus, tmp_path):
     )
     wait_for_parts(target, 1)
     children = psutil.Process(job.pid).children(recursive=True)
-    os.kill(job.pid, signal.SIGINT)
+    os.kill(job.pid, number)
     _, complaints = job.communicate(timeout=DEADLINE_S)
     assert job.returncode == 130
     assert "Run the same command again to go on" in complaints
