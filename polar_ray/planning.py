@@ -144,6 +144,13 @@ def plan(
     return Plan(tuple(_pack(parts, token_budget)), first_of)
 
 
+def common_length(a: Ids, b: Ids) -> int:
+    """Length of the prefix that `a` and `b` have in common."""
+    length = min(len(a), len(b))
+    differs = a[:length] != b[:length]
+    return int(differs.argmax()) if differs.any() else length
+
+
 @dataclass(slots=True)
 class _Node:
     """A set of sequences that agree on their first `depth` ids, with the best grouping found for it."""
@@ -185,7 +192,7 @@ def _best_groups(ordered: list[Ids], max_shared_length: int) -> list[tuple[int, 
     for place, sequence in enumerate(ordered):
         carry = _Node(0, places=[place], groups=[(0, [place])])
         following = ordered[place + 1] if place + 1 < len(ordered) else sequence[:0]
-        depth = _common_length(sequence, following, max_shared_length)
+        depth = _shareable_length(sequence, following, max_shared_length)
         while stack[-1].depth > depth:
             stack[-1].children.append(carry)
             carry = stack.pop().close()
@@ -196,16 +203,11 @@ def _best_groups(ordered: list[Ids], max_shared_length: int) -> list[tuple[int, 
     return root.close().groups
 
 
-def _common_length(a: Ids, b: Ids, max_shared_length: int) -> int:
+def _shareable_length(a: Ids, b: Ids, max_shared_length: int) -> int:
     """Length of the common prefix worth sharing; at least one token stays on each side for the reward's position."""
     if max(len(a), len(b)) > max_shared_length:
         return 0
-    length = min(len(a), len(b)) - 1
-    if length < MIN_SHARED_TOKENS:
-        return 0
-    differs = a[:length] != b[:length]
-    first = int(differs.argmax())
-    common = first if differs[first] else length
+    common = common_length(a[:-1], b[:-1])
     return common if common >= MIN_SHARED_TOKENS else 0
 
 

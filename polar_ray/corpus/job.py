@@ -94,14 +94,16 @@ def score_parquet(
         with progress.stage("checking the input"):
             files = list_inputs(names, besides=place)
             earlier = load_manifest(place)
+        resumed = earlier is not None and not fresh
         if earlier is None or fresh:
             job = _begin(place, files, config, progress, cluster, fresh=fresh)
         else:
             job = _resume(place, earlier, files, config, progress)
         todo = _unfinished(job)
         actors = 0
-        if todo:
+        if todo and resumed:  # a new job has needed the cluster already, to know its devices
             _connect(cluster, progress)
+        if todo:
             actors = run_units(job, todo, progress, build_scorer or open_scorer)
     return _conclude(job, names, started, todo, actors, progress)
 

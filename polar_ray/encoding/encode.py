@@ -19,7 +19,7 @@ import numpy as np
 from polar_ray.config import LimitsConfig
 from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.errors import EmptyText, TripleError, TripleTooLong
-from polar_ray.planning import Ids
+from polar_ray.planning import Ids, common_length
 from polar_ray.triples import Triple, join_text
 
 ENCODING_VERSION = 1
@@ -199,7 +199,7 @@ class Encoder:
             np.array([id], dtype=np.int32) for id in (tokenizer.bos_id, tokenizer.separator_id, tokenizer.score_id)
         ]
         ids = np.concatenate([frame[0], first, frame[1], second, frame[2]])
-        shareable = 2 + len(first) + _common_length(second, segments[draft.prompt])
+        shareable = 2 + len(first) + common_length(second, segments[draft.prompt])
         return EncodedTriple(ids, shareable, *draft.cut, removed=tuple(removed))
 
 
@@ -207,9 +207,3 @@ def _clean_up(text: str) -> str:
     for spaced, closed in CLEAN_UP:
         text = text.replace(spaced, closed)
     return text
-
-
-def _common_length(a: Ids, b: Ids) -> int:
-    length = min(len(a), len(b))
-    differs = np.flatnonzero(a[:length] != b[:length])
-    return int(differs[0]) if len(differs) else length
