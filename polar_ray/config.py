@@ -153,20 +153,153 @@ class ScoreConfig(Settings):
     @property
     def actor_range(self) -> tuple[int, int] | None:
         """(fewest, most) actors; None for `auto`."""
-        if self.actors == "auto":
-            return None
-        fewest, _, most = str(self.actors).partition(":")
-        return int(fewest), int(most or fewest)
+        return None if self.actors == "auto" else parse_range(self.actors)
 
     @model_validator(mode="after")
     def _actors_make_sense(self) -> Self:
-        try:
-            given = self.actor_range
-        except ValueError:
-            raise ValueError(f"actors: expected auto, a number or MIN:MAX, found {self.actors!r}") from None
-        if given is not None and not 1 <= given[0] <= given[1]:
-            raise ValueError(f"actors: expected at least 1 and MIN <= MAX, found {self.actors!r}")
+        if self.actors != "auto":
+            _check_range("actors", self.actors, fewest=1, words="auto, a number or MIN:MAX")
         return self
+
+
+class QueueConfig(Settings):
+    """What a replica takes on, and in which order it works."""
+
+    max_queued_tokens: int | None = Field(None, ge=1)
+    """Tokens that may wait in one replica; a request that comes while more wait is refused with 429 and the time to
+    come back. `bulk` requests are refused at half of it. Left out: 64 engine calls' worth."""
+
+    batch_wait_s: float = Field(0.005, ge=0, le=10)
+    """How long an idle engine waits for company after a first request, so that callers that come together share."""
+
+    bulk_share: float = Field(0.125, gt=0, le=1)
+    """The part of the engine that `bulk` requests get while `interactive` ones wait. An idle engine is all theirs."""
+
+    default_deadline_s: float = Field(300, gt=0)
+    """Deadline of a request that names none."""
+
+
+class RequestConfig(Settings):
+    """How large one request may be."""
+
+    max_rows: int = Field(16384, ge=1)
+    """Rows of one request."""
+
+    max_body_bytes: int = Field(64 << 20, ge=1024)
+    """Bytes of one request's body, as sent and as unpacked."""
+
+
+class AuthConfig(Settings):
+    """Who may ask."""
+
+    mode: Literal["auto", "required", "none"] = "auto"
+    """`auto`: callers need a token if there are any. `required`: a replica that finds no tokens does not start."""
+
+    tokens_file: Path | None = None
+    """One token a line, `#` for comments; any of them opens. Read again when it changes, so tokens can be rotated.
+    Tokens may also come in POLAR_RAY_TOKENS, separated by commas."""
+
+
+class AutoscalingConfig(Settings):
+    """How fast the number of replicas follows the queue, where `replicas` is MIN:MAX."""
+
+    target_pending_tokens: int | None = Field(None, ge=1)
+    """Tokens waiting or in work per replica that call for no change. Left out: 8 engine calls' worth."""
+
+    upscale_delay_s: float = Field(10, ge=0)
+    """How long more replicas must be called for before they are started."""
+
+    downscale_delay_s: float = Field(300, ge=0)
+    """How long fewer must be called for before some are stopped; a start costs a model's load."""
+
+    look_back_period_s: float = Field(10, gt=0)
+    """Of the average that decides."""
+
+    interval_s: float = Field(2, gt=0)
+    """Between two reports of a replica."""
+
+
+class HttpConfig(Settings):
+    """Where `polar-ray serve` listens. A cluster's own Serve config says it in `http_options`."""
+
+    host: str = "127.0.0.1"
+    """Loopback unless told otherwise; any other address wants tokens."""
+
+    port: int = Field(8000, ge=1, le=65535)
+    """TCP port."""
+
+
+class ServeConfig(Settings):
+    """One endpoint: everything that `polar-ray serve` and `polar_ray.serving.app:build` need to know."""
+
+    model: str = EMBEDDED_MODEL
+    """As in a corpus job: a checkpoint's folder, a hub name, or `embedded`."""
+
+    revision: str | None = None
+    """Commit of a hub model. Pin it: replicas that start later must load the same."""
+
+    engine: EngineConfig = EngineConfig()
+    limits: LimitsConfig = LimitsConfig()
+
+    replicas: int | str = 1
+    """Engines behind the endpoint: a number, or `MIN:MAX` to follow the queue."""
+
+    replica_cpus: float | None = Field(None, gt=0)
+    """CPUs that one replica asks of Ray. Left out: `engine.threads`, or 1 beside a GPU, or up to 8 without one."""
+
+    queue: QueueConfig = QueueConfig()
+    requests: RequestConfig = RequestConfig()
+    auth: AuthConfig = AuthConfig()
+    autoscaling: AutoscalingConfig = AutoscalingConfig()
+    http: HttpConfig = HttpConfig()
+
+    drain_timeout_s: float = Field(60, gt=0)
+    """How long a replica that is replaced may take to finish what it has accepted."""
+
+    engine_timeout_s: float = Field(600, gt=0)
+    """A replica whose engine call takes longer is taken for hung and replaced."""
+
+    @property
+    def replica_range(self) -> tuple[int, int]:
+        """(fewest, most) replicas."""
+        return parse_range(self.replicas)
+
+    @model_validator(mode="after")
+    def _replicas_make_sense(self) -> Self:
+        _check_range("replicas", self.replicas, fewest=0)
+        return self
+
+
+def parse_range(given: int | str) -> tuple[int, int]:
+    """(fewest, most) of a number or of `MIN:MAX`. Raises `ValueError` for anything else."""
+    fewest, _, most = str(given).partition(":")
+    return int(fewest), int(most or fewest)
+
+
+def _check_range(name: str, given: int | str, fewest: int, words: str = "a number or MIN:MAX") -> None:
+    """Raise `ValueError` unless `given` is a number or MIN:MAX with at least `fewest`, and at least one at most."""
+    try:
+        low, high = parse_range(given)
+    except ValueError:
+        raise ValueError(f"{name}: expected {words}, found {given!r}") from None
+    if not fewest <= low <= high or high < 1:
+        raise ValueError(f"{name}: expected at least {max(fewest, 1)} and MIN <= MAX, found {given!r}")
+
+
+def tokens_from_environment() -> tuple[str, ...]:
+    """The endpoint's tokens in POLAR_RAY_TOKENS, separated by commas."""
+    given = os.environ.get("POLAR_RAY_TOKENS", "")
+    return tuple(token for token in (part.strip() for part in given.split(",")) if token)
+
+
+def endpoint_address() -> str | None:
+    """The endpoint to ask, from POLAR_RAY_ADDRESS."""
+    return os.environ.get("POLAR_RAY_ADDRESS") or None
+
+
+def endpoint_token() -> str | None:
+    """The token to show an endpoint, from POLAR_RAY_TOKEN."""
+    return os.environ.get("POLAR_RAY_TOKEN") or None
 
 
 def ray_address() -> str | None:
@@ -174,8 +307,8 @@ def ray_address() -> str | None:
     return os.environ.get("RAY_ADDRESS") or None
 
 
-def load_score_config(file: Path | None = None, assignments: Iterable[str] = (), **flags: Any) -> ScoreConfig:
-    """The settings of a job from a TOML file, then `section.key=value` assignments, then `flags`.
+def load_config(kind: type[T], file: Path | None = None, assignments: Iterable[str] = (), **flags: Any) -> T:
+    """Settings of `kind` from a TOML file, then `section.key=value` assignments, then `flags`.
 
     A flag is a dotted key with `__` for the dot (`engine__dtype`); one that is None was not given. Values of
     assignments are read as TOML where they are TOML (`2`, `true`, `"x"`), else as plain strings.
@@ -197,7 +330,7 @@ def load_score_config(file: Path | None = None, assignments: Iterable[str] = (),
     for name, value in flags.items():
         if value is not None:
             _assign(values, name.replace("__", "."), value)
-    return validate(ScoreConfig, values, source=str(file) if file else "settings")
+    return validate(kind, values, source=str(file) if file else "settings")
 
 
 def validate(kind: type[T], values: Mapping[str, Any], *, source: str) -> T:

@@ -10,8 +10,18 @@
     ├── EngineError                     engine_failed          no     502   1
     │   ├── EngineStartError            engine_start_failed    no     503   1
     │   ├── EngineProtocolError         engine_protocol        no     502   1
+    │   ├── EngineUnavailable           engine_unavailable     yes    503   1
     │   ├── NonFiniteReward             reward_not_finite      no     502   1
     │   └── ProcessCrashed              process_crashed        no     502   1
+    ├── ServingError                    serving_failed         no     500   1
+    │   ├── RequestInvalid (ValueError) request_invalid        no     400   2
+    │   ├── RequestTooLarge             request_too_large      no     413   2
+    │   ├── Unauthorized                unauthorized           no     401   2
+    │   ├── NotFound                    not_found              no     404   2
+    │   ├── ReceiptMismatch             receipt_mismatch       no     409   1
+    │   ├── Overloaded                  overloaded             yes    429   1
+    │   ├── Unavailable                 unavailable            yes    503   1
+    │   └── DeadlineExceeded (TimeoutError) deadline_exceeded  yes    504   1
     └── JobError                        job_failed             no     -     1
         ├── InputError                  input_invalid          no     -     2
         │   └── SchemaError             schema_invalid         no     -     2
@@ -108,6 +118,12 @@ class EngineProtocolError(EngineError):
     code = "engine_protocol"
 
 
+class EngineUnavailable(EngineError):
+    """The engine, or the endpoint that stands for it, does not answer; no row is to blame."""
+
+    code, retryable, http_status = "engine_unavailable", True, 503
+
+
 class NonFiniteReward(EngineError):
     """The engine computed NaN or infinity for this row, alone and unshared as well."""
 
@@ -118,6 +134,60 @@ class ProcessCrashed(EngineError):
     """Scoring this row killed the process, again when it was tried alone; the row is quarantined."""
 
     code = "process_crashed"
+
+
+class ServingError(PolarRayError):
+    """A request to an endpoint was not answered with rewards."""
+
+    code = "serving_failed"
+
+
+class RequestInvalid(ServingError, ValueError):
+    """The request is malformed as a whole: not JSON, an unknown field, a contract that lacks what POLAR needs."""
+
+    code, http_status, exit_code = "request_invalid", 400, 2
+
+
+class RequestTooLarge(ServingError):
+    """The body has more bytes or rows than the endpoint takes at once."""
+
+    code, http_status, exit_code = "request_too_large", 413, 2
+
+
+class Unauthorized(ServingError):
+    """The endpoint wants a token and got none, or another."""
+
+    code, http_status, exit_code = "unauthorized", 401, 2
+
+
+class NotFound(ServingError):
+    """The endpoint has no such route."""
+
+    code, http_status, exit_code = "not_found", 404, 2
+
+
+class ReceiptMismatch(ServingError):
+    """The endpoint's rewards are made otherwise than the caller expects: another model, other limits, another dtype."""
+
+    code, http_status = "receipt_mismatch", 409
+
+
+class Overloaded(ServingError):
+    """Too many tokens are queued; `details["retry_after_s"]` says when there will be room."""
+
+    code, retryable, http_status = "overloaded", True, 429
+
+
+class Unavailable(ServingError):
+    """Nobody answers: no replica is up, the connection broke, the endpoint is shutting down."""
+
+    code, retryable, http_status = "unavailable", True, 503
+
+
+class DeadlineExceeded(ServingError, TimeoutError):
+    """The caller's deadline passed before its rewards were there; what was not computed by then never is."""
+
+    code, retryable, http_status = "deadline_exceeded", True, 504
 
 
 class JobError(PolarRayError):
@@ -160,6 +230,17 @@ class JobStalled(JobError):
     """No unit made progress for `no_progress_timeout_s`."""
 
     code, retryable = "job_stalled", True
+
+
+def error_kinds() -> dict[str, type[PolarRayError]]:
+    """Every class by its code, for whoever reads codes back from a wire."""
+    found: dict[str, type[PolarRayError]] = {}
+    pending: list[type[PolarRayError]] = [PolarRayError]
+    while pending:
+        kind = pending.pop()
+        found[kind.code] = kind
+        pending += [sub for sub in kind.__subclasses__() if sub.__module__ == __name__]
+    return found
 
 
 def unwrap(error: BaseException) -> BaseException:

@@ -107,6 +107,15 @@ class Plan:
     def computed_tokens(self) -> int:
         return sum(batch.computed_tokens for batch in self.batches)
 
+    def computed_by_row(self) -> npt.NDArray[np.int64]:
+        """Computed tokens of each row; a group's prefix is its first row's, and a duplicate costs nothing."""
+        computed = np.zeros(len(self.first_of), dtype=np.int64)
+        for batch in self.batches:
+            for group in batch.groups:
+                computed[list(group.rows)] = [len(suffix) for suffix in group.suffixes]
+                computed[group.rows[0]] += len(group.prefix)
+        return computed
+
     @property
     def duplicates(self) -> int:
         """Rows that get their reward from an identical row."""

@@ -15,10 +15,10 @@ from polar_ray.encoding.encode import EncodedTriple, Encoder
 from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.engines.base import Engine
 from polar_ray.engines.build import build_engine, resolve_engine
-from polar_ray.errors import EngineError, EngineProtocolError, NonFiniteReward, TripleError
+from polar_ray.errors import EngineError, EngineProtocolError, EngineUnavailable, NonFiniteReward, TripleError
 from polar_ray.model.locate import locate_model
 from polar_ray.planning import Batch, plan
-from polar_ray.triples import STATUS_OK, Scored, Triple
+from polar_ray.triples import STATUS_OK, Row, Scored, Triple
 
 
 @dataclass(slots=True)
@@ -38,6 +38,14 @@ class Usage:
         return Usage(*(getattr(self, field.name) for field in fields(self)))
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A sequence's reward or the error in its place, and the tokens that were computed on its account."""
+
+    reward: float | EngineError
+    computed_tokens: int
+
+
 class Scorer:
     """Scores triples with one engine under one set of limits.
 
@@ -48,7 +56,7 @@ class Scorer:
     """
 
     def __init__(self, encoder: Encoder, engine: Engine, *, share_prefixes: bool = True) -> None:
-        self._encoder = encoder
+        self.encoder = encoder
         self._engine = engine
         self._share_prefixes = share_prefixes
         self.usage = Usage()
@@ -71,22 +79,52 @@ class Scorer:
         encoder = Encoder(PolarTokenizer(folder), limits or LimitsConfig())
         return cls(encoder, build_engine(resolved, folder), share_prefixes=resolved.share_prefixes)
 
-    def score(
-        self, triples: Sequence[Triple | TripleError], on_batch: Callable[[], None] | None = None
-    ) -> list[Scored]:
+    def score(self, triples: Sequence[Row], on_batch: Callable[[], None] | None = None) -> list[Scored]:
         """One `Scored` per triple, in order. A row that fails says so on itself and leaves the others alone.
 
         An error in place of a triple, left by whoever could not parse it, becomes that row's status. Identical
         triples are computed once. `on_batch` is called after every engine call, when `usage` has moved.
         """
-        encoded = self._encode(triples)
+        encoded = self.encode(triples)
         places = [place for place, row in enumerate(encoded) if isinstance(row, EncodedTriple)]
-        outcomes = self._compute([row for row in encoded if isinstance(row, EncodedTriple)], on_batch)
+        outcomes = self.compute([row for row in encoded if isinstance(row, EncodedTriple)], on_batch)
         by_place = dict(zip(places, outcomes, strict=True))
         return [
-            _scored(triple, row, by_place.get(place))
+            scored_row(row, by_place.get(place), triple.id if isinstance(triple, Triple) else None)
             for place, (triple, row) in enumerate(zip(triples, encoded, strict=True))
         ]
+
+    def encode(self, rows: Sequence[Row]) -> list[EncodedTriple | TripleError]:
+        """The first half of `score`: ids, or the error that stands in their place, in order. Safe in any thread."""
+        return self.encoder.encode_rows(rows)
+
+    def compute(self, encoded: Sequence[EncodedTriple], on_batch: Callable[[], None] | None = None) -> list[Outcome]:
+        """The second half of `score`: an outcome for each encoded triple, in order. One thread at a time."""
+        planned = plan(
+            [row.ids for row in encoded],
+            token_budget=self._engine.token_budget,
+            share_prefixes=self._share_prefixes,
+            max_shared_length=self._engine.max_shared_length,
+        )
+        copies = np.bincount(planned.first_of, minlength=len(encoded))
+        rewards: dict[int, float | EngineError] = {}
+        for batch in planned.batches:
+            rewards.update(self._run(batch))
+            rows = int(copies[batch.rows].sum())
+            self.usage.rows += rows
+            self.usage.duplicates += rows - len(batch)
+            self.usage.tokens += sum(int(copies[row]) * len(encoded[row].ids) for row in batch.rows)
+            if on_batch is not None:
+                on_batch()
+        return [
+            Outcome(rewards[first], computed)
+            for first, computed in zip(planned.first_of.tolist(), planned.computed_by_row().tolist(), strict=True)
+        ]
+
+    @property
+    def token_budget(self) -> int:
+        """Computed tokens of one engine call."""
+        return self._engine.token_budget
 
     def close(self) -> None:
         """Release the engine. May be called twice."""
@@ -100,34 +138,12 @@ class Scorer:
     ) -> None:
         self.close()
 
-    def _encode(self, triples: Sequence[Triple | TripleError]) -> list[EncodedTriple | TripleError]:
-        encoded = iter(self._encoder.encode_many([row for row in triples if isinstance(row, Triple)]))
-        return [next(encoded) if isinstance(row, Triple) else row for row in triples]
-
-    def _compute(self, encoded: list[EncodedTriple], on_batch: Callable[[], None] | None) -> list[float | EngineError]:
-        """A reward or an error for each encoded triple, in order."""
-        planned = plan(
-            [row.ids for row in encoded],
-            token_budget=self._engine.token_budget,
-            share_prefixes=self._share_prefixes,
-            max_shared_length=self._engine.max_shared_length,
-        )
-        copies = np.bincount(planned.first_of, minlength=len(encoded))
-        outcomes: dict[int, float | EngineError] = {}
-        for batch in planned.batches:
-            outcomes.update(self._run(batch))
-            rows = int(copies[batch.rows].sum())
-            self.usage.rows += rows
-            self.usage.duplicates += rows - len(batch)
-            self.usage.tokens += sum(int(copies[row]) * len(encoded[row].ids) for row in batch.rows)
-            if on_batch is not None:
-                on_batch()
-        return [outcomes[first] for first in planned.first_of.tolist()]
-
     def _run(self, batch: Batch) -> Iterator[tuple[int, float | EngineError]]:
         """(row, outcome) of a batch; a failing batch is halved until the sequence at fault stands alone."""
         try:
             rewards = self._call(batch)
+        except EngineUnavailable:
+            raise  # no row is to blame, and halves would wait as long again
         except EngineError as error:
             if len(batch) == 1:
                 yield int(batch.rows[0]), error
@@ -162,15 +178,16 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _scored(
-    triple: Triple | TripleError, encoded: EncodedTriple | TripleError, outcome: float | EngineError | None
+def scored_row(
+    encoded: EncodedTriple | TripleError, outcome: Outcome | None = None, given_id: str | None = None
 ) -> Scored:
-    given_id = triple.id if isinstance(triple, Triple) else None
+    """What became of one row: of its encoding, and where that went well (`outcome` is then needed) of its computing."""
     if isinstance(encoded, TripleError):
         return Scored(None, encoded.code, str(encoded), id=given_id)
-    error = outcome if isinstance(outcome, EngineError) else None
+    assert outcome is not None
+    error = outcome.reward if isinstance(outcome.reward, EngineError) else None
     return Scored(
-        reward=None if isinstance(outcome, EngineError) else outcome,
+        reward=None if isinstance(outcome.reward, EngineError) else outcome.reward,
         status=error.code if error else STATUS_OK,
         detail=str(error) if error else None,
         tokens=len(encoded.ids),

@@ -65,6 +65,24 @@ class PreferencePair:
 
 
 @dataclass(frozen=True, slots=True)
+class Rendered:
+    """A triple as one text, as upstream's client renders it for an engine: `P\\nR<|reward|>P\\nO[UNUSED_TOKEN_130]`."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """A triple as the ids that somebody's encoder made of it, whole."""
+
+    ids: Sequence[int]
+
+
+Row = Triple | Rendered | TokenIds | TripleError
+"""What can be asked to be scored, or the error that says why one row of a request cannot be."""
+
+
+@dataclass(frozen=True, slots=True)
 class Scored:
     """A triple's outcome: a reward, or the code and the sentence of what went wrong. Never neither, never both.
 

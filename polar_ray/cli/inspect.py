@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from polar_ray.config import ScoreConfig, load_score_config
+from polar_ray.config import ScoreConfig, load_config
 from polar_ray.encoding.encode import EncodedTriple, Encoder
 from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.errors import ConfigError, InputError, TripleError
@@ -38,7 +38,7 @@ def inspect(
 
     [dim]polar-ray inspect scored.parquet#17 --model internlm/POLAR-7B --reward[/]
     """
-    settings = load_score_config(config, assignments or (), model=model)
+    settings = load_config(ScoreConfig, config, assignments or (), model=model)
     triple = _read(row, settings)
     tokenizer = PolarTokenizer(locate_model(settings.model, settings.revision))
     encoder = Encoder(tokenizer, settings.limits)

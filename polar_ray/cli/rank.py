@@ -122,7 +122,7 @@ def read_groups(
     All rows are read, as rows of a group may lie anywhere, but texts are kept of the first `max_groups` groups only.
     Raises `InputError` or `SchemaError`.
     """
-    from polar_ray.corpus.columns import detect_message_json, read_column
+    from polar_ray.columns import detect_message_json, read_column
 
     groups: dict[bytes, Group] = {}
     has_persons = False

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from polar_ray.config import load_score_config
+from polar_ray.config import ScoreConfig, load_config
 
 UNTRAINED = (
     "The weights of this checkpoint are untrained: its rewards are random numbers. They show that everything works "
@@ -52,7 +52,8 @@ def score(
     [dim]polar-ray score 's3://corpus/*.parquet' -o s3://corpus/scored --model internlm/POLAR-7B[/]
     [dim]polar-ray score data/ -o scored --set limits.cut_side=left --set unit_rows=1024[/]
     """
-    settings = load_score_config(
+    settings = load_config(
+        ScoreConfig,
         config,
         assignments or (),
         model=model,

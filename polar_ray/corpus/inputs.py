@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from polar_ray.columns import check_room, check_schema
 from polar_ray.config import ColumnsConfig
 from polar_ray.corpus import jsonl
-from polar_ray.corpus.columns import check_room, check_schema
 from polar_ray.corpus.storage import Location
 from polar_ray.errors import InputError, OutputError
 

@@ -10,9 +10,9 @@ from pathlib import Path, PurePosixPath
 
 from pydantic import BaseModel
 
+from polar_ray.columns import detect_message_json
 from polar_ray.config import EngineConfig, ScoreConfig
 from polar_ray.corpus.actor import BuildScorer, open_scorer
-from polar_ray.corpus.columns import detect_message_json
 from polar_ray.corpus.inputs import LISTING_THREADS, InputFile, examine, list_inputs
 from polar_ray.corpus.manifest import (
     FOLDER,

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from polar_ray.columns import DETECTION_ROWS, detect_message_json, parse_rows, read_triples, reward_columns
 from polar_ray.config import ColumnsConfig
 from polar_ray.corpus import jsonl
-from polar_ray.corpus.columns import DETECTION_ROWS, detect_message_json, parse_rows, read_triples, reward_columns
 from polar_ray.corpus.inputs import Contents, InputFile, Slice, examine, list_inputs
 from polar_ray.corpus.manifest import Manifest
 from polar_ray.corpus.storage import Location

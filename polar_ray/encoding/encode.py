@@ -17,16 +17,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from polar_ray.config import LimitsConfig
-from polar_ray.encoding.tokenizer import PolarTokenizer
+from polar_ray.encoding.tokenizer import SEPARATOR, PolarTokenizer
 from polar_ray.errors import EmptyText, TripleError, TripleTooLong
 from polar_ray.planning import Ids, common_length
-from polar_ray.triples import Triple, join_text
+from polar_ray.triples import Rendered, Row, TokenIds, Triple, join_text
 
 ENCODING_VERSION = 1
 """Part of every receipt; raised whenever some triple encodes to other ids than before."""
 
 FRAME_TOKENS = 4
 """What upstream sets aside before it shares out `max_tokens`: final token, separator and two newlines."""
+
+RENDERED_SLACK_TOKENS = 64
+"""By how much a rendered text may pass `max_tokens`: upstream cuts ids and sends text, and cut texts tokenise anew."""
 
 CLEAN_UP = (
     (" .", "."),
@@ -103,6 +106,19 @@ class Encoder:
             raise encoded
         return encoded
 
+    def encode_rows(self, rows: Sequence[Row]) -> list[EncodedTriple | TripleError]:
+        """As `encode_many`, for rows in any form; an error that stands for a row stays. Safe in any thread."""
+        triples = iter(self.encode_many([row for row in rows if isinstance(row, Triple)]))
+        return [next(triples) if isinstance(row, Triple) else self._encode_other(row) for row in rows]
+
+    def _encode_other(self, row: Rendered | TokenIds | TripleError) -> EncodedTriple | TripleError:
+        try:
+            if isinstance(row, Rendered):
+                return self.encode_rendered(row)
+            return self.encode_ids(row) if isinstance(row, TokenIds) else row
+        except TripleError as error:
+            return error
+
     def encode_many(self, triples: Sequence[Triple]) -> list[EncodedTriple | TripleError]:
         """Each triple's ids, or the error that stands in their place; in order, neighbours unaffected.
 
@@ -118,6 +134,58 @@ class Encoder:
             for text, ids in zip(texts, self.tokenizer.encode(list(texts)), strict=True)
         }
         return [self._assemble(draft, segments) if isinstance(draft, _Draft) else draft for draft in drafts]
+
+    def encode_rendered(self, rendered: Rendered) -> EncodedTriple:
+        """The ids of a text that upstream's client rendered: sanitised, cut and framed by that client, not again here.
+
+        The text must have one separator and end with its only score token; any other control token, spelt out or
+        made by pieces, is a forgery. Raises `TripleError`, or `TripleTooLong` beyond `max_tokens`.
+        """
+        tokenizer = self.tokenizer
+        text = join_text(rendered.text, "text")
+        halves = text.removesuffix(tokenizer.score_literal).split(SEPARATOR)
+        if not text.endswith(tokenizer.score_literal) or len(halves) != 2:
+            raise TripleError(
+                f"text: expected prompt and reference, {SEPARATOR}, prompt and output, {tokenizer.score_literal}, as "
+                f"upstream's client renders a triple; found {len(halves) - 1} separators and "
+                f"{'a' if text.endswith(tokenizer.score_literal) else 'no'} score token at the end",
+                field="text",
+            )
+        first, second = (np.array(ids, dtype=np.int32) for ids in tokenizer.encode(halves))
+        for half, ids in zip(halves, (first, second), strict=True):
+            if tokenizer.special_pattern.search(half) or tokenizer.is_control[ids].any():
+                raise TripleError(
+                    "text: a control token stands inside a segment; take it out of the texts", field="text"
+                )
+        return self._framed(first, second)
+
+    def encode_ids(self, given: TokenIds) -> EncodedTriple:
+        """Ids that somebody else encoded, if they are framed as POLAR's are. Raises `TripleError` if not."""
+        tokenizer = self.tokenizer
+        ids = np.array(given.ids, dtype=np.int64)
+        outside = ids[(ids < 0) | (ids >= tokenizer.vocab_size)]
+        if len(outside):
+            raise TripleError(f"ids: {outside[0]} is outside the {tokenizer.vocab_size} pieces", field="ids")
+        controls = ids[tokenizer.is_control[ids]].tolist()
+        expected = [tokenizer.bos_id, tokenizer.separator_id, tokenizer.score_id]
+        if controls != expected or ids[0] != tokenizer.bos_id or ids[-1] != tokenizer.score_id:
+            raise TripleError(
+                f"ids: expected {expected[0]} first, one {expected[1]} inside, {expected[2]} last and no other control "
+                f"id; found control ids {controls[:8]}",
+                field="ids",
+            )
+        middle = int((ids == tokenizer.separator_id).argmax())
+        return self._framed(ids[1:middle].astype(np.int32), ids[middle + 1 : -1].astype(np.int32))
+
+    def _framed(self, first: Ids, second: Ids) -> EncodedTriple:
+        """A sequence of two halves that are ids already; where the prompt ends in them is not known."""
+        if len(first) + len(second) + 3 > self.limits.max_tokens + RENDERED_SLACK_TOKENS:
+            raise TripleTooLong(
+                f"{len(first) + len(second) + 3} tokens, and limits.max_tokens = {self.limits.max_tokens}; whoever "
+                "encodes must cut as well",
+                field="text",
+            )
+        return EncodedTriple(self._join(first, second), 2 + len(first) + common_length(first, second))
 
     def _try_draft(self, triple: Triple) -> _Draft | TripleError:
         try:
@@ -195,12 +263,16 @@ class Encoder:
             smuggled = [*first[for_first].tolist(), *second[for_second].tolist()[again:]]
             removed += [tokenizer.piece(id) for id in smuggled]
             first, second = first[~for_first], second[~for_second]
+        shareable = 2 + len(first) + common_length(second, segments[draft.prompt])
+        return EncodedTriple(self._join(first, second), shareable, *draft.cut, removed=tuple(removed))
+
+    def _join(self, first: Ids, second: Ids) -> Ids:
+        """The two halves in POLAR's frame."""
+        tokenizer = self.tokenizer
         frame = [
             np.array([id], dtype=np.int32) for id in (tokenizer.bos_id, tokenizer.separator_id, tokenizer.score_id)
         ]
-        ids = np.concatenate([frame[0], first, frame[1], second, frame[2]])
-        shareable = 2 + len(first) + common_length(second, segments[draft.prompt])
-        return EncodedTriple(ids, shareable, *draft.cut, removed=tuple(removed))
+        return np.concatenate([frame[0], first, frame[1], second, frame[2]])
 
 
 def _clean_up(text: str) -> str:

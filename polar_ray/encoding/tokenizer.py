@@ -96,6 +96,11 @@ class PolarTokenizer:
         table[list(self.control_ids)] = True
         return table
 
+    @cached_property
+    def score_literal(self) -> str:
+        """How the score token is spelt in a rendered text."""
+        return self.piece(self.score_id)
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """SentencePiece ids of each text, without any frame. Ids of user-defined pieces may be among them."""
         ids: list[list[int]] = self._pieces.Encode(list(texts), out_type=int)

@@ -6,7 +6,7 @@ import pytest
 from pydantic import BaseModel
 
 from polar_ray import config
-from polar_ray.config import ScoreConfig, load_score_config
+from polar_ray.config import ScoreConfig, load_config
 from polar_ray.errors import ConfigError
 
 JOBS = sorted((Path(__file__).parents[2] / "jobs").rglob("*.toml"))
@@ -15,7 +15,7 @@ JOBS = sorted((Path(__file__).parents[2] / "jobs").rglob("*.toml"))
 def test_later_sources_win(tmp_path):
     file = tmp_path / "job.toml"
     file.write_text('unit_rows = 10\nmodel = "a"\n[limits]\nmax_tokens = 100\ncut_side = "left"\n')
-    settings = load_score_config(file, ["limits.max_tokens=200", "unit_rows=20"], unit_rows=30, model=None)
+    settings = load_config(ScoreConfig, file, ["limits.max_tokens=200", "unit_rows=20"], unit_rows=30, model=None)
     assert settings.unit_rows == 30
     assert settings.limits.max_tokens == 200
     assert settings.limits.cut_side == "left"
@@ -23,11 +23,13 @@ def test_later_sources_win(tmp_path):
 
 
 def test_flags_reach_into_sections():
-    assert load_score_config(engine__dtype="bfloat16").engine.dtype == "bfloat16"
+    assert load_config(ScoreConfig, engine__dtype="bfloat16").engine.dtype == "bfloat16"
 
 
 def test_values_of_assignments_are_toml_where_they_can_be():
-    settings = load_score_config(None, ["engine.share_prefixes=false", "model=internlm/POLAR-7B", 'columns.prompt="1"'])
+    settings = load_config(
+        ScoreConfig, None, ["engine.share_prefixes=false", "model=internlm/POLAR-7B", 'columns.prompt="1"']
+    )
     assert settings.engine.share_prefixes is False
     assert settings.model == "internlm/POLAR-7B"
     assert settings.columns.prompt == "1"
@@ -53,15 +55,15 @@ def test_a_wrong_value_is_named_with_its_key_and_the_remedy(assignment, says, tm
     file = tmp_path / "job.toml"
     file.write_text('model = "embedded"\n')
     with pytest.raises(ConfigError, match=says):
-        load_score_config(file, [assignment])
+        load_config(ScoreConfig, file, [assignment])
 
 
 def test_a_file_that_is_not_there_or_not_toml(tmp_path):
     with pytest.raises(ConfigError, match="give an existing TOML file"):
-        load_score_config(tmp_path / "absent.toml")
+        load_config(ScoreConfig, tmp_path / "absent.toml")
     (tmp_path / "bad.toml").write_text("a = = 1")
     with pytest.raises(ConfigError, match="not valid TOML"):
-        load_score_config(tmp_path / "bad.toml")
+        load_config(ScoreConfig, tmp_path / "bad.toml")
 
 
 def test_actors_are_a_number_or_a_range():
@@ -71,7 +73,7 @@ def test_actors_are_a_number_or_a_range():
 
 
 def test_settings_cannot_be_changed_and_round_trip_through_json():
-    settings = load_score_config(None, ["engine.token_budget=128"])
+    settings = load_config(ScoreConfig, None, ["engine.token_budget=128"])
     with pytest.raises(ValueError, match="frozen"):
         settings.unit_rows = 1
     assert ScoreConfig.model_validate_json(settings.model_dump_json()) == settings
@@ -87,4 +89,4 @@ def test_every_setting_explains_itself():
 
 @pytest.mark.parametrize("file", JOBS, ids=lambda file: file.name)
 def test_the_jobs_that_ship_are_valid(file):
-    assert load_score_config(file)
+    assert load_config(ScoreConfig, file)

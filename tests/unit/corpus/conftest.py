@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from polar_ray.columns import detect_message_json
 from polar_ray.config import ColumnsConfig
-from polar_ray.corpus.columns import detect_message_json
 from polar_ray.corpus.inputs import examine, list_inputs
 from polar_ray.corpus.manifest import Manifest, make_manifest
 from polar_ray.corpus.units import read_sample

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from polar_ray.columns import parse_rows
 from polar_ray.config import ColumnsConfig
 from polar_ray.corpus import jsonl
-from polar_ray.corpus.columns import parse_rows
 from polar_ray.corpus.jsonl import LINE_COLUMN, parse_line
 from polar_ray.corpus.storage import Location
 from polar_ray.corpus.units import read_unit

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polar_ray.config import ColumnsConfig
-from polar_ray.corpus.columns import (
+from polar_ray.columns import (
     DETECTION_ROWS,
     REWARD_TYPES,
     check_schema,
@@ -18,6 +17,7 @@ from polar_ray.corpus.columns import (
     read_triples,
     reward_columns,
 )
+from polar_ray.config import ColumnsConfig
 from polar_ray.errors import RowUnreadable, TripleError
 from polar_ray.triples import Scored, Triple
 
