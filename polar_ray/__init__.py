@@ -29,6 +29,8 @@ _LATE = {
     "score_parquet": "polar_ray.corpus.job",
 }
 
+__version__ = "0.2.0"
+
 __all__ = [
     "JobSummary",
     "PolarRayError",

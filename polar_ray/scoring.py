@@ -20,6 +20,9 @@ from polar_ray.model.locate import locate_model
 from polar_ray.planning import Batch, plan
 from polar_ray.triples import STATUS_OK, Row, Scored, Triple
 
+CANARY = Triple("1 + 1 = ?", "2", "2")
+"""Scored to tell a broken engine from bad rows, and to warm one up."""
+
 
 @dataclass(slots=True)
 class Usage:
@@ -75,7 +78,7 @@ class Scorer:
         Raises `CheckpointError`, `ConfigError` or `EngineStartError` before anything is scored.
         """
         folder, engine = locate_model(model, revision), engine or EngineConfig()
-        resolved = resolve_engine(engine, folder, has_gpu=engine.device == "auto" and _has_gpu())
+        resolved = resolve_engine(engine, folder, has_gpu=engine.device == "auto" and has_gpu())
         encoder = Encoder(PolarTokenizer(folder), limits or LimitsConfig())
         return cls(encoder, build_engine(resolved, folder), share_prefixes=resolved.share_prefixes)
 
@@ -172,7 +175,8 @@ class Scorer:
         return rewards
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
+    """Whether this machine has a GPU that torch can use."""
     import torch
 
     return torch.cuda.is_available()

@@ -25,7 +25,7 @@ from polar_ray.errors import (
     Unavailable,
     error_kinds,
 )
-from polar_ray.triples import TEXT_FIELDS, Scored, Triple
+from polar_ray.triples import TEXT_FIELDS, Row, Scored, TokenIds, Triple
 
 REWARDS_PATH = "/v1/rewards"
 MODELS_PATH = "/v1/models"
@@ -33,6 +33,12 @@ MODELS_PATH = "/v1/models"
 JSON_MEDIA_TYPE = "application/json"
 ARROW_MEDIA_TYPE = "application/vnd.apache.arrow.stream"
 """Registered name of the Arrow IPC stream format."""
+
+ARROW_REPLY_KEY = b"polar_ray.reply"
+"""Schema metadata of an Arrow reply: the `RewardsReply` as JSON, without its rows."""
+
+RECEIPT_HEADER = "X-Polar-Receipt"
+"""On every reply with rewards, for dialects that have no field for it."""
 
 Priority = Literal["interactive", "bulk"]
 """`interactive` for a trainer that waits, `bulk` for a backfill that does not mind to."""
@@ -86,12 +92,10 @@ class RewardsRequest(CallOptions):
             raise ValueError(f"{strays[0]} belongs to a group (prompt, reference, outputs), not beside {forms[0]}")
         return self
 
-    @property
-    def n_rows(self) -> int:
-        return len(self.triples or self.outputs or self.ids or ())
-
-    def rows(self) -> list[Triple | TripleError]:
-        """A triple, or the error that says why there is none, for each row of the first two forms."""
+    def rows(self) -> list[Row]:
+        """The request's rows, or the error that says why one is none, in order."""
+        if self.ids is not None:
+            return [TokenIds(ids) for ids in self.ids]
         if self.triples is not None:
             return [_attempt_triple(row) for row in self.triples]
         shared = {"prompt": self.prompt, "reference": self.reference, "wrapper": self.wrapper}
@@ -229,10 +233,18 @@ class ErrorReply(Body):
     error: ErrorBody
 
 
-def parse_body(kind: type[RewardsRequest], body: bytes) -> RewardsRequest:
+def parse_request(body: bytes) -> RewardsRequest:
     """`body` as a request. Raises `RequestInvalid` naming the field, without quoting anybody's text."""
     try:
-        return kind.model_validate_json(body)
+        return RewardsRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise RequestInvalid(describe_faults(error)) from None
+
+
+def parse_options(query: Mapping[str, str]) -> CallOptions:
+    """The options among query parameters; others are left to whoever knows them. Raises `RequestInvalid`."""
+    try:
+        return CallOptions.model_validate({name: query[name] for name in CallOptions.model_fields if name in query})
     except ValidationError as error:
         raise RequestInvalid(describe_faults(error)) from None
 

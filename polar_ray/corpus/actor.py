@@ -30,11 +30,8 @@ from polar_ray.errors import (
 )
 from polar_ray.model.locate import locate_model
 from polar_ray.receipts import build_receipt
-from polar_ray.scoring import Scorer, Usage
+from polar_ray.scoring import CANARY, Scorer, Usage
 from polar_ray.triples import Scored, Triple
-
-CANARY = Triple("1 + 1 = ?", "2", "2")
-"""Scored to tell a broken engine from bad rows where no row of a unit went well."""
 
 MOST_QUARANTINED_ROWS = 16
 """Of one unit. Each cost two processes; where there are more, it is the machine and not the rows."""

@@ -51,11 +51,14 @@ and upstream decodes every text once, in training as well."""
 class EncodedTriple:
     """One sequence, ready for a model, with an account of what was changed on the way.
 
-    `ids[:shareable]` does not depend on the output: bos, prompt and reference, separator, and the pieces of the
+    `ids[:shareable]`, which goes on beyond `halfway`, does not depend on the output: bos, prompt and reference, separator, and the pieces of the
     prompt's repetition. `cut_tokens` are those that limits removed, per field, counted as upstream counts.
     """
 
     ids: Ids
+    halfway: int
+    """Tokens up to the separator and with it; sequences that begin alike so far are of one group."""
+
     shareable: int
     prompt_cut_tokens: int = 0
     reference_cut_tokens: int = 0
@@ -185,7 +188,8 @@ class Encoder:
                 "encodes must cut as well",
                 field="text",
             )
-        return EncodedTriple(self._join(first, second), 2 + len(first) + common_length(first, second))
+        halfway = 2 + len(first)
+        return EncodedTriple(self._join(first, second), halfway, halfway + common_length(first, second))
 
     def _try_draft(self, triple: Triple) -> _Draft | TripleError:
         try:
@@ -263,8 +267,9 @@ class Encoder:
             smuggled = [*first[for_first].tolist(), *second[for_second].tolist()[again:]]
             removed += [tokenizer.piece(id) for id in smuggled]
             first, second = first[~for_first], second[~for_second]
-        shareable = 2 + len(first) + common_length(second, segments[draft.prompt])
-        return EncodedTriple(self._join(first, second), shareable, *draft.cut, removed=tuple(removed))
+        halfway = 2 + len(first)
+        shareable = halfway + common_length(second, segments[draft.prompt])
+        return EncodedTriple(self._join(first, second), halfway, shareable, *draft.cut, removed=tuple(removed))
 
     def _join(self, first: Ids, second: Ids) -> Ids:
         """The two halves in POLAR's frame."""

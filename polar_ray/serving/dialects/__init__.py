@@ -1,0 +1,5 @@
+"""All dialects."""
+
+from polar_ray.serving.dialects.base import Dialect
+
+DIALECTS: tuple[Dialect, ...] = ()

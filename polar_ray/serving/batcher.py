@@ -1,0 +1,318 @@
+"""One engine, many callers: whose rows go into the next engine call.
+
+Why not `serve.batch`: it counts items and not tokens, one bad item fails a whole batch, and an error in its size
+function hangs the replica for good (ray-project/ray#66140). Here a call's rows are cut into chunks, one for each group
+of them. Interactive calls share the engine evenly, by weighted fair queueing: a chunk's `start` is the virtual time at
+which it would get its turn if every call had a part of the engine to itself, so a call of one row does not wait for
+one of ten thousand, nor that for ever. Bulk calls stand in one line and get `bulk_share` of the tokens while
+interactive ones wait, everything while none do. Whoever is next takes along the chunks of other callers that begin
+with the same ids, because they cost their own tokens only.
+
+Pure asyncio: no Ray, no HTTP. The engine runs in one thread of its own, so that the event loop stays free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from polar_ray.encoding.encode import EncodedTriple
+from polar_ray.errors import DeadlineExceeded, EngineError, PolarRayError, Unavailable
+from polar_ray.scoring import Outcome
+from polar_ray.wire import Priority
+
+Compute = Callable[[Sequence[EncodedTriple]], list[Outcome]]
+"""`Scorer.compute`, or what stands around it. Called in the engine's thread, one call at a time."""
+
+RATE_WEIGHT = 0.2
+"""Of the newest engine call in the moving average of the engine's speed: the last ten or so decide."""
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What became of a caller's rows, in order, and where the time went."""
+
+    outcomes: list[Outcome]
+    queue_s: float
+    engine_s: float
+
+
+@dataclass(eq=False, slots=True)
+class _Call:
+    """One caller's rows, until the last of them is computed."""
+
+    rows: Sequence[EncodedTriple]
+    priority: Priority
+    arrived: float
+    deadline: float
+    future: asyncio.Future[list[Outcome]]
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
+    started: float | None = None
+    """When the engine took the first of the rows."""
+
+    def receive(self, places: Sequence[int], outcomes: Sequence[Outcome]) -> None:
+        self.outcomes.update(zip(places, outcomes, strict=True))
+        if len(self.outcomes) == len(self.rows) and not self.future.done():
+            self.future.set_result([self.outcomes[place] for place in range(len(self.rows))])
+
+    def fail(self, error: PolarRayError) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+@dataclass(eq=False, slots=True)
+class _Chunk:
+    """Rows of one call that begin with the same ids."""
+
+    call: _Call
+    places: list[int]
+    key: bytes
+    prefix_tokens: int
+    own_tokens: int
+    is_waiting: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """What it costs in nobody's company."""
+        return self.prefix_tokens + self.own_tokens
+
+
+class Batcher:
+    """Computes callers' rows on one engine.
+
+    Build it inside a running event loop. Promises: every call gets one outcome per row, in order, or one typed error;
+    rows of a call that is past its deadline or cancelled are not started; an engine call holds `token_budget` computed
+    tokens, or one chunk that is larger by itself.
+    """
+
+    def __init__(
+        self, compute: Compute, *, token_budget: int, batch_wait_s: float = 0.005, bulk_share: float = 0.125
+    ) -> None:
+        self._compute = compute
+        self._token_budget = token_budget
+        self._batch_wait_s = batch_wait_s
+        self._bulk_share = bulk_share
+        self._loop = asyncio.get_running_loop()
+        self._queues: dict[Priority, list[tuple[float, int, _Chunk]]] = {"interactive": [], "bulk": []}
+        self._order = itertools.count()
+        self._by_key: defaultdict[bytes, list[_Chunk]] = defaultdict(list)
+        self._pending: dict[Priority, int] = {"interactive": 0, "bulk": 0}
+        self._in_flight_tokens = 0
+        self._virtual_time = 0.0
+        self._bulk_credit = 0.0
+        self._waiting_since = 0.0
+        self._arrived = asyncio.Event()
+        self._calls: set[_Call] = set()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="polar-ray-engine")
+        self._worker = asyncio.create_task(self._work(), name="polar-ray-batcher")
+        self.tokens_per_s: float | None = None
+        """Computed tokens per second of engine time, of late; None until there was a first engine call."""
+
+        self.computing_since: float | None = None
+        """When the engine call in progress began, on the event loop's clock; None between calls."""
+
+    async def run(self, rows: Sequence[EncodedTriple], *, priority: Priority, deadline: float) -> Computed:
+        """The outcome of each row, in order. `deadline` is a time on the event loop's clock.
+
+        Raises `DeadlineExceeded`, or the error that took the engine away. When the awaiting task is cancelled, rows
+        that were not started never are.
+        """
+        now = self._loop.time()
+        if not rows:
+            return Computed([], 0.0, 0.0)
+        call = _Call(rows, priority, now, deadline, self._loop.create_future())
+        chunks = self._enqueue(call)
+        try:
+            async with asyncio.timeout_at(deadline):
+                outcomes = await call.future
+        except TimeoutError as error:
+            if isinstance(error, PolarRayError):
+                raise
+            message = "the deadline passed before all rows were computed; ask for fewer at once, or wait longer"
+            raise DeadlineExceeded(message) from None
+        finally:
+            self._calls.discard(call)
+            for chunk in chunks:
+                self._withdraw(chunk)
+        started = call.started if call.started is not None else now
+        return Computed(outcomes, started - now, self._loop.time() - started)
+
+    def pending_tokens(self, priority: Priority | None = None) -> int:
+        """Tokens that wait or are being computed; of one priority, or of both."""
+        return sum(self._pending.values()) if priority is None else self._pending[priority]
+
+    def seconds_ahead(self, tokens: int, priority: Priority) -> float | None:
+        """How long a call of so many tokens would take if it came now; None while the engine's speed is not known."""
+        if self.tokens_per_s is None:
+            return None
+        if priority == "bulk":
+            ahead = self.pending_tokens()
+        else:
+            finish = self._virtual_time + tokens
+            queue = self._queues["interactive"]
+            ahead = sum(chunk.tokens for start, _, chunk in queue if chunk.is_waiting and start < finish)
+            ahead += self._in_flight_tokens
+        return (ahead + tokens) / self.tokens_per_s
+
+    async def close(self) -> None:
+        """Stop after the engine call in progress; what still waits is told `Unavailable`. May be called twice."""
+        self._worker.cancel()
+        await asyncio.gather(self._worker, return_exceptions=True)
+        for call in tuple(self._calls):
+            call.fail(Unavailable("the endpoint is shutting down; ask again"))
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether anybody will ever take what waits."""
+        return not self._worker.done()
+
+    def _enqueue(self, call: _Call) -> list[_Chunk]:
+        if not any(self._queues.values()):
+            self._waiting_since = call.arrived
+        self._calls.add(call)
+        chunks = list(_chunks(call, self._token_budget))
+        start = self._virtual_time
+        for chunk in chunks:
+            heapq.heappush(self._queues[call.priority], (start, next(self._order), chunk))
+            if call.priority == "interactive":  # bulk chunks all start at once, and so keep their order of arrival
+                start += chunk.tokens
+            self._by_key[chunk.key].append(chunk)
+            self._pending[call.priority] += chunk.tokens
+        self._arrived.set()
+        return chunks
+
+    def _withdraw(self, chunk: _Chunk) -> None:
+        """Take a chunk out of the queue, if it still waits; its place in the heap is left until it comes up."""
+        if chunk.is_waiting:
+            self._leave_queue(chunk)
+            self._pending[chunk.call.priority] -= chunk.tokens
+
+    def _leave_queue(self, chunk: _Chunk) -> None:
+        chunk.is_waiting = False
+        same = self._by_key[chunk.key]
+        same.remove(chunk)
+        if not same:
+            del self._by_key[chunk.key]
+
+    async def _work(self) -> None:
+        while True:
+            await self._arrived.wait()
+            await self._wait_for_company()
+            taken = self._take()
+            if taken:
+                await self._execute(taken)
+            else:
+                self._arrived.clear()
+
+    async def _wait_for_company(self) -> None:
+        """Callers that come together are some milliseconds apart; only a queue that was empty is worth the wait."""
+        rest = self._waiting_since + self._batch_wait_s - self._loop.time()
+        if rest > 0 and self.pending_tokens() < self._token_budget:
+            await asyncio.sleep(rest)
+
+    def _take(self) -> list[_Chunk]:
+        """The chunks of the next engine call, out of the queue."""
+        taken: list[_Chunk] = []
+        used = 0
+        while (chunk := self._next()) is not None:
+            if taken and used + chunk.tokens > self._token_budget:
+                break
+            used += chunk.prefix_tokens
+            for member in (chunk, *(other for other in self._by_key[chunk.key] if other is not chunk)):
+                if member is chunk or used + member.own_tokens <= self._token_budget:
+                    self._leave_queue(member)
+                    taken.append(member)
+                    used += member.own_tokens
+            self._account(chunk)
+        calls = {call for call in self._calls if call.priority == "interactive"}
+        self._virtual_time += used / max(1, len(calls))
+        return taken
+
+    def _next(self) -> _Chunk | None:
+        """Whose turn it is; it stays in the queue. None if nobody waits."""
+        interactive, bulk = self._head("interactive"), self._head("bulk")
+        if interactive is None or (bulk is not None and self._bulk_credit >= bulk.tokens):
+            return bulk or interactive
+        return interactive
+
+    def _account(self, chunk: _Chunk) -> None:
+        """Bulk earns its share of what interactive calls get, while it waits, and pays with it for its turns."""
+        if chunk.call.priority == "bulk":
+            self._bulk_credit = max(0.0, self._bulk_credit - chunk.tokens)
+        elif self._head("bulk") is not None:
+            self._bulk_credit += self._bulk_share * chunk.tokens
+
+    def _head(self, priority: Priority) -> _Chunk | None:
+        """The first chunk of a queue that is still of use to somebody."""
+        queue = self._queues[priority]
+        while queue:
+            chunk = queue[0][2]
+            if chunk.is_waiting and not self._is_late(chunk):
+                return chunk
+            heapq.heappop(queue)
+        return None
+
+    def _is_late(self, chunk: _Chunk) -> bool:
+        """Whether its rewards would come after the deadline; the call has then failed as a whole."""
+        needed = chunk.tokens / self.tokens_per_s if self.tokens_per_s else 0.0
+        if not chunk.call.future.done() and self._loop.time() + needed <= chunk.call.deadline:
+            return False
+        self._withdraw(chunk)
+        chunk.call.fail(DeadlineExceeded("what is left of the deadline is shorter than the engine needs"))
+        return True
+
+    async def _execute(self, taken: list[_Chunk]) -> None:
+        self.computing_since = began = self._loop.time()
+        for chunk in taken:
+            chunk.call.started = chunk.call.started if chunk.call.started is not None else began
+        rows = [chunk.call.rows[place] for chunk in taken for place in chunk.places]
+        self._in_flight_tokens = sum(chunk.tokens for chunk in taken)
+        try:
+            outcomes = await self._loop.run_in_executor(self._thread, self._compute, rows)
+        except Exception as error:  # whatever it is, its callers are told, and the next batch is tried
+            known = (
+                error if isinstance(error, PolarRayError) else EngineError(f"the engine failed: {type(error).__name__}")
+            )
+            for chunk in taken:
+                chunk.call.fail(known)
+        else:
+            self._measure(sum(outcome.computed_tokens for outcome in outcomes), self._loop.time() - began)
+            results = iter(outcomes)
+            for chunk in taken:
+                chunk.call.receive(chunk.places, list(itertools.islice(results, len(chunk.places))))
+        finally:
+            self.computing_since = None
+            self._in_flight_tokens = 0
+            for chunk in taken:
+                self._pending[chunk.call.priority] -= chunk.tokens
+
+    def _measure(self, computed_tokens: int, seconds: float) -> None:
+        rate = computed_tokens / max(seconds, 1e-6)
+        self.tokens_per_s = (
+            rate if self.tokens_per_s is None else self.tokens_per_s + RATE_WEIGHT * (rate - self.tokens_per_s)
+        )
+
+
+def _chunks(call: _Call, token_budget: int) -> Iterator[_Chunk]:
+    """The call's rows by what they begin with, groups in order of arrival, those beyond the budget in parts."""
+    groups: dict[bytes, list[int]] = {}
+    for place, row in enumerate(call.rows):
+        groups.setdefault(row.ids[: row.halfway].tobytes(), []).append(place)
+    for key, places in groups.items():
+        prefix_tokens = min(call.rows[place].shareable for place in places)
+        part: list[int] = []
+        own_tokens = 0
+        for place in places:
+            tokens = len(call.rows[place].ids) - prefix_tokens
+            if part and prefix_tokens + own_tokens + tokens > token_budget:
+                yield _Chunk(call, part, key, prefix_tokens, own_tokens)
+                part, own_tokens = [], 0
+            part.append(place)
+            own_tokens += tokens
+        yield _Chunk(call, part, key, prefix_tokens, own_tokens)
