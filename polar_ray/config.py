@@ -333,6 +333,18 @@ def load_config(kind: type[T], file: Path | None = None, assignments: Iterable[s
     return validate(kind, values, source=str(file) if file else "settings")
 
 
+def config_from_arguments(kind: type[T], arguments: Mapping[str, Any]) -> T:
+    """Settings of `kind` from a mapping whose keys may be dotted and whose strings may be TOML values.
+
+    That is what `serve run app:build key=value` gives; a Serve config file's `args` are nested already.
+    Raises `ConfigError` as `load_config` does.
+    """
+    values: dict[str, Any] = {}
+    for key, value in arguments.items():
+        _assign(values, key, _parse_value(value) if isinstance(value, str) else value)
+    return validate(kind, values, source="args")
+
+
 def validate(kind: type[T], values: Mapping[str, Any], *, source: str) -> T:
     """`values` as settings of `kind`. Raises `ConfigError` with one line per fault."""
     try:

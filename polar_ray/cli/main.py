@@ -13,6 +13,7 @@ from polar_ray.cli import bench
 from polar_ray.cli.inspect import inspect
 from polar_ray.cli.rank import rank
 from polar_ray.cli.score import score
+from polar_ray.cli.serve import serve
 from polar_ray.errors import PolarRayError
 
 
@@ -38,6 +39,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command()(score)
+app.command()(serve)
 app.command()(rank)
 app.command()(inspect)
 app.add_typer(bench.app, name="bench")

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from pydantic import BaseModel
 
+from polar_ray.cluster import has_gpu, ray_cluster
 from polar_ray.columns import detect_message_json
 from polar_ray.config import EngineConfig, ScoreConfig
 from polar_ray.corpus.actor import BuildScorer, open_scorer
@@ -28,7 +29,7 @@ from polar_ray.corpus.manifest import (
 )
 from polar_ray.corpus.progress import JobProgress, SilentProgress
 from polar_ray.corpus.report import ReportFacts, write_report
-from polar_ray.corpus.run import Job, has_gpu, ray_cluster, run_units
+from polar_ray.corpus.run import Job, run_units
 from polar_ray.corpus.storage import Location
 from polar_ray.corpus.summary import UnitReport, combine
 from polar_ray.corpus.units import read_report, read_sample

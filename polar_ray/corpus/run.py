@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import queue
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,16 +32,11 @@ MOST_BLOCKS = 4096
 
 POLL_SECONDS = 0.25
 
-CONNECT_SECONDS = 10.0
-
 GRACE_SECONDS = 5.0
 """For actors to leave by themselves when a job is stopped: enough for a batch on a GPU."""
 
 KILL_SECONDS = 30.0
 """For Ray Data to notice that its actors were killed."""
-
-OBJECT_STORE_BYTES = 128 << 20
-"""Of a cluster started for one job: only numbers of units and their reports pass through it."""
 
 
 @dataclass(frozen=True)
@@ -65,65 +57,6 @@ class Pool:
     most: int
     cpus: float
     gpus: int
-
-
-@contextmanager
-def ray_cluster() -> Iterator[None]:
-    """A connection to Ray: this process's own if it has one, else RAY_ADDRESS, else a cluster on this machine."""
-    if ray.is_initialized():
-        yield
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else Ray's C++ warns on this terminal at every pool start
-    _keep_logs_off_the_terminal()
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    address = ray_address()
-    with _stderr_to_null():
-        if address is None:
-            ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
-        else:
-            _connect(address, **quiet)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _keep_logs_off_the_terminal() -> None:
-    """Ray Data's log goes to its file only: the job has a progress line of its own, and raises what went wrong."""
-    for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setLevel(logging.CRITICAL + 1)
-
-
-def _connect(address: str, **quiet: Any) -> None:
-    host, colon, port = address.rpartition(":")
-    try:
-        if colon and port.isdigit() and "://" not in address:
-            # Ray itself waits for minutes, in silence, for a host that is not there
-            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-        ray.init(address=address, **quiet)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"RAY_ADDRESS = {address!r}: no Ray cluster answers there ({error})") from None
-
-
-@contextmanager
-def _stderr_to_null() -> Iterator[None]:
-    """Ray's C++ announces its log level on file descriptor 2, below anything Python could filter."""
-    kept = os.dup(2)
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)
-
-
-def has_gpu() -> bool:
-    """Whether the cluster has a GPU now."""
-    return bool(ray.cluster_resources().get("GPU", 0))
 
 
 def run_units(job: Job, todo: list[int], progress: JobProgress, build_scorer: BuildScorer) -> int:

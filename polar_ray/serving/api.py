@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
@@ -117,7 +117,7 @@ def _native_routes(service: RewardService) -> APIRouter:
         The reply has one row for each that was sent, in order. A row that cannot be scored says why in `status` and
         `detail`, has no reward, and leaves its neighbours alone.
         """
-        arrived = asyncio.get_running_loop().time()
+        arrived = time.monotonic()
         body = await read_body(request, service.config.requests.max_body_bytes)
         rows, options = _parse(request, body, service.config.requests.max_body_bytes)
         result = await _score(service, request, rows, options, arrived)
@@ -166,7 +166,7 @@ def _dialect_routes(service: RewardService) -> APIRouter:
 
 def _dialect_handler(service: RewardService, dialect: Dialect) -> Callable[[Request], Awaitable[Response]]:
     async def handle(request: Request) -> Response:
-        arrived = asyncio.get_running_loop().time()
+        arrived = time.monotonic()
         body = parse_object(await read_body(request, service.config.requests.max_body_bytes))
         rows = dialect.read(body, request.query_params)
         result = await _score(service, request, rows, parse_options(request.query_params), arrived)

@@ -8,7 +8,8 @@ one of ten thousand, nor that for ever. Bulk calls stand in one line and get `bu
 interactive ones wait, everything while none do. Whoever is next takes along the chunks of other callers that begin
 with the same ids, because they cost their own tokens only.
 
-Pure asyncio: no Ray, no HTTP. The engine runs in one thread of its own, so that the event loop stays free.
+Pure asyncio: no Ray, no HTTP. Times are of `time.monotonic`, asyncio's own clock, which uvloop's rounds. The engine runs
+in one thread of its own, so that the event loop stays free.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -114,15 +116,15 @@ class Batcher:
         """Computed tokens per second of engine time, of late; None until there was a first engine call."""
 
         self.computing_since: float | None = None
-        """When the engine call in progress began, on the event loop's clock; None between calls."""
+        """When the engine call in progress began, by `time.monotonic`; None between calls."""
 
     async def run(self, rows: Sequence[EncodedTriple], *, priority: Priority, deadline: float) -> Computed:
-        """The outcome of each row, in order. `deadline` is a time on the event loop's clock.
+        """The outcome of each row, in order. `deadline` is a time of `time.monotonic`.
 
         Raises `DeadlineExceeded`, or the error that took the engine away. When the awaiting task is cancelled, rows
         that were not started never are.
         """
-        now = self._loop.time()
+        now = time.monotonic()
         if not rows:
             return Computed([], 0.0, 0.0)
         call = _Call(rows, priority, now, deadline, self._loop.create_future())
@@ -140,7 +142,7 @@ class Batcher:
             for chunk in chunks:
                 self._withdraw(chunk)
         started = call.started if call.started is not None else now
-        return Computed(outcomes, started - now, self._loop.time() - started)
+        return Computed(outcomes, started - now, time.monotonic() - started)
 
     def pending_tokens(self, priority: Priority | None = None) -> int:
         """Tokens that wait or are being computed; of one priority, or of both."""
@@ -212,7 +214,7 @@ class Batcher:
 
     async def _wait_for_company(self) -> None:
         """Callers that come together are some milliseconds apart; only a queue that was empty is worth the wait."""
-        rest = self._waiting_since + self._batch_wait_s - self._loop.time()
+        rest = self._waiting_since + self._batch_wait_s - time.monotonic()
         if rest > 0 and self.pending_tokens() < self._token_budget:
             await asyncio.sleep(rest)
 
@@ -261,14 +263,14 @@ class Batcher:
     def _is_late(self, chunk: _Chunk) -> bool:
         """Whether its rewards would come after the deadline; the call has then failed as a whole."""
         needed = chunk.tokens / self.tokens_per_s if self.tokens_per_s else 0.0
-        if not chunk.call.future.done() and self._loop.time() + needed <= chunk.call.deadline:
+        if not chunk.call.future.done() and time.monotonic() + needed <= chunk.call.deadline:
             return False
         self._withdraw(chunk)
         chunk.call.fail(DeadlineExceeded("what is left of the deadline is shorter than the engine needs"))
         return True
 
     async def _execute(self, taken: list[_Chunk]) -> None:
-        self.computing_since = began = self._loop.time()
+        self.computing_since = began = time.monotonic()
         for chunk in taken:
             chunk.call.started = chunk.call.started if chunk.call.started is not None else began
         rows = [chunk.call.rows[place] for chunk in taken for place in chunk.places]
@@ -282,7 +284,7 @@ class Batcher:
             for chunk in taken:
                 chunk.call.fail(known)
         else:
-            self._measure(sum(outcome.computed_tokens for outcome in outcomes), self._loop.time() - began)
+            self._measure(sum(outcome.computed_tokens for outcome in outcomes), time.monotonic() - began)
             results = iter(outcomes)
             for chunk in taken:
                 chunk.call.receive(chunk.places, list(itertools.islice(results, len(chunk.places))))

@@ -128,16 +128,16 @@ class RewardService:
         return self._admission.pending_tokens()
 
     async def score(self, rows: Sequence[Row], options: CallOptions, *, arrived: float | None = None) -> Result:
-        """One `Scored` per row, in order. `arrived` is when the request came, on the event loop's clock.
+        """One `Scored` per row, in order. `arrived` is when the request came, by `time.monotonic`.
 
         Raises `RequestTooLarge`, `ReceiptMismatch`, `Overloaded`, `DeadlineExceeded`, or an `EngineError` that took
         the engine away; when the awaiting task is cancelled, what was not started never is.
         """
-        arrived = self._loop.time() if arrived is None else arrived
+        arrived = time.monotonic() if arrived is None else arrived
         deadline = arrived + (options.deadline_s or self.config.queue.default_deadline_s)
         self._check(rows, options)
         encoded = await self._encode(rows, options, deadline)
-        encoded_at = self._loop.time()
+        encoded_at = time.monotonic()
         computable = [row for row in encoded if isinstance(row, EncodedTriple)]
         self._admission.check_deadline(_cost(computable), options.priority, deadline - encoded_at)
         computed = await self._batcher.run(computable, priority=options.priority, deadline=deadline)
@@ -149,7 +149,7 @@ class RewardService:
             encode_s=encoded_at - arrived,
             queue_s=computed.queue_s,
             engine_s=computed.engine_s,
-            total_s=self._loop.time() - arrived,
+            total_s=time.monotonic() - arrived,
         )
 
     def reply(self, result: Result) -> RewardsReply:
@@ -190,7 +190,7 @@ class RewardService:
         if not self._batcher.is_alive:
             raise EngineError("nothing takes calls to the engine any more")
         since = self._batcher.computing_since
-        if since is not None and self._loop.time() - since > self.config.engine_timeout_s:
+        if since is not None and time.monotonic() - since > self.config.engine_timeout_s:
             raise EngineError(f"an engine call takes longer than engine_timeout_s = {self.config.engine_timeout_s:g}")
 
     async def close(self) -> None:

@@ -13,7 +13,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["errors"],
     ["triples", "config"],
-    ["columns", "planning", "policy_text", "wire"],
+    ["cluster", "columns", "planning", "policy_text", "wire"],
     ["client"],
     ["encoding", "model"],
     ["engines"],
@@ -27,10 +27,12 @@ ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 
 HEAVY = {"ray", "torch", "transformers", "safetensors", "sglang", "vllm", "lmdeploy"}
 MAY_IMPORT = {
+    "cluster.py": {"ray"},
     "corpus/actor.py": {"ray"},
     "corpus/run.py": {"ray"},
     "serving/app.py": {"ray"},
     "serving/autoscaling.py": {"ray"},
+    "cli/serve.py": {"ray"},
     "serving/fleet.py": {"ray"},
     "serving/replica.py": {"ray"},
     "model": {"torch", "transformers", "safetensors"},

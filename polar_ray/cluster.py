@@ -1,0 +1,83 @@
+"""A connection to Ray for as long as something runs: the process's own, a cluster's, or one on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from polar_ray.config import ray_address
+from polar_ray.errors import ConfigError
+
+CONNECT_SECONDS = 10.0
+
+OBJECT_STORE_BYTES = 128 << 20
+"""Of a cluster started for one job: only numbers of units and their reports pass through it."""
+
+
+@contextmanager
+def ray_cluster(object_store_bytes: int = OBJECT_STORE_BYTES) -> Iterator[None]:
+    """A connection to Ray: this process's own if it has one, else RAY_ADDRESS, else a cluster on this machine.
+
+    Raises `ConfigError` when nothing answers at RAY_ADDRESS.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else Ray's C++ warns on this terminal at every pool start
+    _keep_logs_off_the_terminal()
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    address = ray_address()
+    with stderr_to_null():
+        if address is None:
+            ray.init(address="local", include_dashboard=False, object_store_memory=object_store_bytes, **quiet)
+        else:
+            _connect(address, **quiet)
+    try:
+        yield
+    finally:
+        with stderr_to_null():
+            ray.shutdown()
+
+
+def _keep_logs_off_the_terminal() -> None:
+    """Ray Data's log goes to its file only: the job has a progress line of its own, and raises what went wrong."""
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.CRITICAL + 1)
+
+
+def _connect(address: str, **quiet: Any) -> None:
+    host, colon, port = address.rpartition(":")
+    try:
+        if colon and port.isdigit() and "://" not in address:
+            # Ray itself waits for minutes, in silence, for a host that is not there
+            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        ray.init(address=address, **quiet)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"RAY_ADDRESS = {address!r}: no Ray cluster answers there ({error})") from None
+
+
+@contextmanager
+def stderr_to_null() -> Iterator[None]:
+    """Keep standard error off the terminal, below what Python could filter: Ray's C++ and its threads write there."""
+    kept = os.dup(2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+def has_gpu() -> bool:
+    """Whether the cluster has a GPU now."""
+    return bool(ray.cluster_resources().get("GPU", 0))
