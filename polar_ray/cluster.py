@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import ray
@@ -34,7 +34,7 @@ def ray_cluster(object_store_bytes: int = OBJECT_STORE_BYTES) -> Iterator[None]:
     _keep_logs_off_the_terminal()
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     address = ray_address()
-    with stderr_to_null():
+    with silence():
         if address is None:
             ray.init(address="local", include_dashboard=False, object_store_memory=object_store_bytes, **quiet)
         else:
@@ -42,7 +42,7 @@ def ray_cluster(object_store_bytes: int = OBJECT_STORE_BYTES) -> Iterator[None]:
     try:
         yield
     finally:
-        with stderr_to_null():
+        with silence():
             ray.shutdown()
 
 
@@ -65,17 +65,20 @@ def _connect(address: str, **quiet: Any) -> None:
 
 
 @contextmanager
-def stderr_to_null() -> Iterator[None]:
-    """Keep standard error off the terminal, below what Python could filter: Ray's C++ and its threads write there."""
+def silence() -> Iterator[None]:
+    """Keep Ray off the terminal while it comes and goes.
+
+    Its C++ writes to file descriptor 2, below anything Python could filter; its threads print to stdout about calls
+    that an actor took with it.
+    """
     kept = os.dup(2)
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def has_gpu() -> bool:

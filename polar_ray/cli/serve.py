@@ -156,9 +156,9 @@ def _take_down() -> None:
     """Of a cluster that is not ours, the application only."""
     from ray import serve as ray_serve
 
-    from polar_ray.cluster import stderr_to_null
+    from polar_ray.cluster import silence
 
-    with stderr_to_null():  # Ray complains there about every call that the controller takes with it
+    with silence():
         if ray_address() is None:
             ray_serve.shutdown()
         else:

@@ -8,8 +8,8 @@ one of ten thousand, nor that for ever. Bulk calls stand in one line and get `bu
 interactive ones wait, everything while none do. Whoever is next takes along the chunks of other callers that begin
 with the same ids, because they cost their own tokens only.
 
-Pure asyncio: no Ray, no HTTP. Times are of `time.monotonic`, asyncio's own clock, which uvloop's rounds. The engine runs
-in one thread of its own, so that the event loop stays free.
+Pure asyncio: no Ray, no HTTP. Times are of `time.monotonic`, asyncio's own clock, which uvloop's rounds. The engine
+runs in one thread of its own, so that the event loop stays free.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ class Batcher:
         self._bulk_credit = 0.0
         self._waiting_since = 0.0
         self._arrived = asyncio.Event()
+        self._is_closing = False
         self._calls: set[_Call] = set()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="polar-ray-engine")
         self._worker = asyncio.create_task(self._work(), name="polar-ray-batcher")
@@ -163,7 +164,8 @@ class Batcher:
 
     async def close(self) -> None:
         """Stop after the engine call in progress; what still waits is told `Unavailable`. May be called twice."""
-        self._worker.cancel()
+        self._is_closing = True
+        self._arrived.set()
         await asyncio.gather(self._worker, return_exceptions=True)
         for call in tuple(self._calls):
             call.fail(Unavailable("the endpoint is shutting down; ask again"))
@@ -203,10 +205,10 @@ class Batcher:
             del self._by_key[chunk.key]
 
     async def _work(self) -> None:
-        while True:
+        while not self._is_closing:
             await self._arrived.wait()
             await self._wait_for_company()
-            taken = self._take()
+            taken = [] if self._is_closing else self._take()
             if taken:
                 await self._execute(taken)
             else:

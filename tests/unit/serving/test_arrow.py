@@ -1,0 +1,107 @@
+"""Arrow requests and replies: any layout that holds triples or ids, and a typed refusal for the rest."""
+
+import json
+
+import pyarrow as pa
+import pytest
+
+from polar_ray.errors import RequestInvalid, RequestTooLarge, TripleError
+from polar_ray.serving.arrow import REPLY_SCHEMA, read_rows, write_reply
+from polar_ray.triples import TokenIds, Triple
+from polar_ray.wire import ARROW_REPLY_KEY, RewardRow, RewardsReply, TimingsReply, UsageReply
+
+MOST = 1 << 20
+
+
+def stream(table, **options):
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema, **options) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def test_columns_of_triples():
+    message = [{"role": "user", "content": "P"}]
+    table = pa.Table.from_pylist(
+        [
+            {"prompt": message, "reference": "R", "output": "O", "wrapper": None, "id": "a"},
+            {"prompt": message, "reference": "R", "output": None, "wrapper": "pretrain", "id": None},
+        ]
+    )
+    first, second = read_rows(stream(table), MOST)
+    assert first == Triple(message, "R", "O", "sft", "a")
+    assert isinstance(second, TripleError)
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.int32()), pa.large_list(pa.int64()), pa.list_(pa.uint16())])
+def test_a_column_of_ids(kind):
+    table = pa.table({"ids": pa.array([[1, 2, 3], [4]], kind)})
+    assert read_rows(stream(table), MOST) == [TokenIds([1, 2, 3]), TokenIds([4])]
+
+
+def test_no_rows_are_no_rows():
+    table = pa.table({name: pa.array([], pa.string()) for name in ("prompt", "reference", "output")})
+    assert read_rows(stream(table), MOST) == []
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ({"prompt": ["P"], "reference": ["R"]}, "expected the columns prompt, reference, output"),
+        ({"prompt": ["P"], "reference": ["R"], "output": ["O"], "label": ["L"]}, "found label, output"),
+        ({"ids": [[1]], "prompt": ["P"]}, "or ids alone"),
+        ({"ids": ["1 2"]}, "lists of integers"),
+        ({"ids": [["a"]]}, "lists of integers"),
+        ({"ids": [[1, None]]}, "has nulls"),
+        ({"ids": [[1], None]}, "has nulls"),
+        ({}, "found none"),
+    ],
+)
+def test_another_layout_is_refused_by_name(table, says):
+    with pytest.raises(RequestInvalid, match=says):
+        read_rows(stream(pa.table(table)), MOST)
+
+
+def test_what_is_no_arrow_stream_is_refused():
+    whole = stream(pa.table({"ids": [[1, 2, 3]] * 100}))
+    for body in (b"", b"{}", b"\0" * 100, whole[: len(whole) // 2], whole[8:]):
+        with pytest.raises(RequestInvalid, match="not an Arrow IPC stream"):
+            read_rows(body, MOST)
+
+
+def test_every_flipped_byte_is_read_or_refused():
+    whole = bytearray(stream(pa.table({"prompt": ["P" * 40], "reference": ["R"], "output": ["O"]})))
+    for place in range(0, len(whole), 3):
+        flipped = bytearray(whole)
+        flipped[place] ^= 0xFF
+        try:
+            rows = read_rows(bytes(flipped), MOST)
+        except (RequestInvalid, RequestTooLarge):
+            continue
+        assert len(rows) <= 1
+
+
+def test_a_stream_that_unpacks_to_too_much_is_refused():
+    table = pa.table({"prompt": ["a" * 4_000_000], "reference": ["R"], "output": ["O"]})
+    body = stream(table, options=pa.ipc.IpcWriteOptions(compression="zstd"))
+    assert len(body) < 10_000
+    with pytest.raises(RequestTooLarge, match="unpacks to more"):
+        read_rows(body, MOST)
+
+
+def test_a_reply_has_its_rows_as_columns_and_the_rest_beside_them():
+    reply = RewardsReply(
+        model="m",
+        receipt_id="r",
+        rewards=[
+            RewardRow(index=0, reward=1.5, status="ok", tokens=7),
+            RewardRow(index=1, id="b", reward=None, status="triple_empty", detail="output: no text"),
+        ],
+        usage=UsageReply(rows=2, tokens=7, computed_tokens=7),
+        timings=TimingsReply(encode_s=0.1, queue_s=0.2, engine_s=0.3, total_s=0.6),
+    )
+    table = pa.ipc.open_stream(write_reply(reply)).read_all()
+    assert table.schema.equals(REPLY_SCHEMA)
+    assert table.to_pylist() == [row.model_dump() for row in reply.rewards]
+    rest = json.loads(table.schema.metadata[ARROW_REPLY_KEY])
+    assert RewardsReply.model_validate({**rest, "rewards": reply.rewards}) == reply
