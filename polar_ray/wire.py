@@ -285,7 +285,7 @@ def read_error(status: int, body: bytes, headers: Mapping[str, str]) -> PolarRay
 
 
 def _by_status(status: int, retry_after: float | None) -> PolarRayError:
-    kinds = {kind.http_status: kind for kind in error_kinds().values() if kind.__base__ is ServingError}
+    kinds = {kind.http_status: kind for kind in error_kinds().values() if ServingError in kind.__bases__}
     kind = kinds.get(status, Unavailable if status >= 500 else RequestInvalid)
     details = {} if retry_after is None else {"retry_after_s": retry_after}
     return kind(f"HTTP {status}, from something that is not polar_ray, or is not up", **details)
