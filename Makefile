@@ -2,9 +2,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CLIENTS := .clients
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types check bench clean
+.PHONY: help setup clients demo serve test lint types check bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -17,12 +18,22 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $(STAMP)
 
+clients: $(CLIENTS)/.installed ## fetch the pinned clients of other projects that the tests run
+
+$(CLIENTS)/.installed: tests/clients/requirements.txt | $(STAMP)
+	rm -rf $(CLIENTS)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(CLIENTS) --requirement tests/clients/requirements.txt
+	@touch $@
+
+serve: setup ## serve the embedded checkpoint on this machine, with a playground in the browser
+	$(BIN)/polar-ray serve
+
 demo: setup ## score the demo's triples with the embedded checkpoint and rank them
 	$(BIN)/polar-ray score jobs/demo/triples.parquet --output build/demo --fresh
 	$(BIN)/polar-ray rank build/demo
 	@echo "rewards: build/demo    report: build/demo/_polar_ray/report.html"
 
-test: setup ## run every test
+test: setup clients ## run every test
 	$(BIN)/python -m pytest
 
 lint: setup ## check style
@@ -38,4 +49,4 @@ bench: setup ## compare the torch engine with padded batches, in bf16 and fp32
 	$(BIN)/polar-ray bench engine --shape small
 
 clean: ## remove what make made
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info

@@ -18,13 +18,16 @@ from polar_ray.errors import PolarRayError
 from polar_ray.triples import PreferencePair, Scored, Triple
 
 if TYPE_CHECKING:
+    from polar_ray.client import AsyncRewardClient, RewardClient
     from polar_ray.corpus.job import JobSummary, score_parquet
     from polar_ray.receipts import Receipt
     from polar_ray.scoring import Scorer
 
 _LATE = {
+    "AsyncRewardClient": "polar_ray.client",
     "JobSummary": "polar_ray.corpus.job",
     "Receipt": "polar_ray.receipts",
+    "RewardClient": "polar_ray.client",
     "Scorer": "polar_ray.scoring",
     "score_parquet": "polar_ray.corpus.job",
 }
@@ -32,10 +35,12 @@ _LATE = {
 __version__ = "0.2.0"
 
 __all__ = [
+    "AsyncRewardClient",
     "JobSummary",
     "PolarRayError",
     "PreferencePair",
     "Receipt",
+    "RewardClient",
     "ScoreConfig",
     "Scored",
     "Scorer",

@@ -56,8 +56,9 @@ class LimitsConfig(Settings):
 class EngineConfig(Settings):
     """What turns token ids into rewards."""
 
-    kind: Literal["torch", "fake"] = "torch"
-    """`torch`: our own engine. `fake`: a hash of the ids, for dry runs and tests of everything around the model."""
+    kind: Literal["torch", "serve", "fake"] = "torch"
+    """`torch`: our own engine. `serve`: a running endpoint, asked in bulk. `fake`: a hash of the ids, for dry runs and
+    tests of everything around the model."""
 
     dtype: Dtype = "auto"
     """Arithmetic of the model. `auto`: float32 on a CPU, the checkpoint's own dtype on a GPU."""
@@ -79,6 +80,17 @@ class EngineConfig(Settings):
 
     threads: int | None = Field(None, ge=1)
     """CPU threads of one engine. Left out: the CPUs its actor was given."""
+
+    address: str | None = None
+    """Of `serve`: the endpoint, as host:port or a URL. Left out: POLAR_RAY_ADDRESS."""
+
+    max_in_flight: int = Field(4, ge=1)
+    """Of `serve`: requests of one actor that are under way at a time."""
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that an engine needs where it runs; a running endpoint has its own."""
+        return self.tensor_parallel_size if self.device == "cuda" and self.kind != "serve" else 0
 
 
 class ColumnsConfig(Settings):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +11,7 @@ from pydantic import Field
 from polar_ray.config import CutSide, EngineConfig, LimitsConfig, RopeBase, Settings
 from polar_ray.encoding.encode import ENCODING_VERSION
 from polar_ray.encoding.tokenizer import PolarTokenizer
-from polar_ray.engines.build import weights_digest
+from polar_ray.engines.build import describe_engine
 
 
 class Receipt(Settings):
@@ -50,25 +49,13 @@ class Receipt(Settings):
 def build_receipt(folder: Path, tokenizer: PolarTokenizer, engine: EngineConfig, limits: LimitsConfig) -> Receipt:
     """The receipt of what `engine`, its `auto` values already resolved, makes of the checkpoint in `folder`.
 
-    Reads all weights once to hash them. Raises `CheckpointError` for weights that are incomplete.
+    Raises what `describe_engine` raises.
     """
-    return Receipt(
-        weights_digest=weights_digest(engine, folder),
-        tokenizer_digest=tokenizer.digest,
-        encoding_version=ENCODING_VERSION,
-        max_tokens=limits.max_tokens,
-        max_response_tokens=limits.max_response_tokens,
-        cut_side=limits.cut_side,
-        on_too_long=limits.on_too_long,
-        on_empty=limits.on_empty,
-        rope_base=engine.rope_base,
-        dtype=engine.dtype,
-        device=engine.device,
-        engine=engine.kind,
-        engine_version=_engine_version(engine),
+    return Receipt.model_validate(
+        {
+            **describe_engine(engine, folder),
+            "tokenizer_digest": tokenizer.digest,
+            "encoding_version": ENCODING_VERSION,
+            **limits.model_dump(),
+        }
     )
-
-
-def _engine_version(engine: EngineConfig) -> str:
-    ours = f"polar_ray {version('polar_ray')}"
-    return f"{ours}, torch {version('torch')}" if engine.kind == "torch" else ours

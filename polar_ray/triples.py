@@ -130,8 +130,10 @@ def parse_wrapper(value: object) -> Wrapper:
 def join_text(text: Text, field: str) -> str:
     """The one string POLAR reads for a field: contents of messages joined by a newline, as upstream's client does.
 
-    Raises `RowUnreadable` for a lone surrogate, which no UTF-8 tokenizer can represent.
+    Raises `RowUnreadable` for a lone surrogate, which no UTF-8 tokenizer can represent, and `TripleError` for what is
+    neither a string nor messages.
     """
+    text = parse_text(text, field)
     joined = text if isinstance(text, str) else "\n".join(message["content"] for message in text)
     try:
         joined.encode()

@@ -28,7 +28,10 @@ def score(
     model: Annotated[
         str | None, typer.Option(help="Checkpoint folder or hub name. Left out: the small one that ships here.")
     ] = None,
-    engine: Annotated[str | None, typer.Option(help="torch, or fake for a dry run.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="torch, serve for a running endpoint, or fake for a dry run.")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="Of the endpoint, for --engine serve: host:port or URL.")] = None,
     actors: Annotated[str | None, typer.Option(help="Engines in parallel: N, or MIN:MAX to grow.")] = None,
     tensor_parallel_size: Annotated[int | None, typer.Option(help="GPUs of one engine.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
@@ -50,6 +53,7 @@ def score(
 
     [dim]polar-ray score triples.parquet --output scored[/]
     [dim]polar-ray score 's3://corpus/*.parquet' -o s3://corpus/scored --model internlm/POLAR-7B[/]
+    [dim]polar-ray score triples.parquet -o scored --engine serve --address gpu-box:8000[/]
     [dim]polar-ray score data/ -o scored --set limits.cut_side=left --set unit_rows=1024[/]
     """
     settings = load_config(
@@ -58,6 +62,7 @@ def score(
         assignments or (),
         model=model,
         engine__kind=engine,
+        engine__address=address,
         engine__dtype=dtype,
         engine__tensor_parallel_size=tensor_parallel_size,
         actors=actors,

@@ -91,10 +91,10 @@ def plan_pool(config: ScoreConfig, n_units: int, nodes: Sequence[Mapping[str, fl
     Left to itself, an actor never asks for more than a node has, or it would wait for ever.
     """
     engine, given = config.engine, config.actor_range
-    if engine.device == "cuda":
-        fitting = sum(int(node.get("GPU", 0)) // engine.tensor_parallel_size for node in nodes)
+    if engine.gpus:
+        fitting = sum(int(node.get("GPU", 0)) // engine.gpus for node in nodes)
         fewest, most = (min(count, n_units) for count in given or [max(1, fitting)] * 2)
-        return Pool(fewest, most, engine.threads or 1, engine.tensor_parallel_size)
+        return Pool(fewest, most, engine.threads or 1, engine.gpus)
     cpus = [float(node.get("CPU", 0)) for node in nodes]
     size = float(engine.threads or max(1, min(CPUS_PER_ENGINE, int(max(cpus, default=1)))))
     fewest, most = (min(count, n_units) for count in given or [max(1, sum(int(n // size) for n in cpus))] * 2)

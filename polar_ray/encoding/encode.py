@@ -51,8 +51,9 @@ and upstream decodes every text once, in training as well."""
 class EncodedTriple:
     """One sequence, ready for a model, with an account of what was changed on the way.
 
-    `ids[:shareable]`, which goes on beyond `halfway`, does not depend on the output: bos, prompt and reference, separator, and the pieces of the
-    prompt's repetition. `cut_tokens` are those that limits removed, per field, counted as upstream counts.
+    `ids[:shareable]`, which goes on beyond `halfway`, does not depend on the output: bos, prompt and reference,
+    separator, and the pieces of the prompt's repetition. `cut_tokens` are those that limits removed, per field, counted
+    as upstream counts.
     """
 
     ids: Ids

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 from polar_ray.config import EngineConfig
+from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.engines.base import Engine
 from polar_ray.errors import ConfigError
 
 DEFAULT_TOKEN_BUDGET = {"cpu": 4096, "cuda": 32768}
 """Computed tokens per call. On a CPU more gains nothing and falls out of the cache; a GPU needs tens of thousands to
 fill its matrix units, and 32768 keeps the widest activations of POLAR-7B under 2 GB."""
+
+ENDPOINT_TOKEN_BUDGET = 262144
+"""Of a call to a running endpoint: enough requests to keep `max_in_flight` of them under way."""
 
 
 def resolve_engine(engine: EngineConfig, folder: Path, *, has_gpu: bool) -> EngineConfig:
@@ -19,6 +24,8 @@ def resolve_engine(engine: EngineConfig, folder: Path, *, has_gpu: bool) -> Engi
     Raises `ConfigError` for combinations that no engine supports.
     """
     refuse_unsupported(engine)
+    if engine.kind == "serve":
+        return _resolve_endpoint(engine)
     device = engine.device if engine.device != "auto" else ("cuda" if has_gpu else "cpu")
     dtype = engine.dtype if engine.dtype != "auto" else (_checkpoint_dtype(folder) if device == "cuda" else "float32")
     if device == "cpu" and dtype == "float16":
@@ -39,6 +46,10 @@ def refuse_unsupported(engine: EngineConfig) -> None:
 def build_engine(engine: EngineConfig, folder: Path) -> Engine:
     """The engine that resolved settings name, loaded. Raises `CheckpointError` or `EngineStartError`."""
     budget = engine.token_budget or DEFAULT_TOKEN_BUDGET["cpu"]
+    if engine.kind == "serve":
+        from polar_ray.engines.serve import ServeEngine
+
+        return ServeEngine.connect(engine.address, max_in_flight=engine.max_in_flight, token_budget=budget)
     if engine.kind == "fake":
         from polar_ray.engines.fake import FakeEngine
 
@@ -55,13 +66,48 @@ def build_engine(engine: EngineConfig, folder: Path) -> Engine:
     )
 
 
-def weights_digest(engine: EngineConfig, folder: Path) -> str:
+def describe_engine(engine: EngineConfig, folder: Path) -> dict[str, str]:
+    """What of a reward's receipt is the engine's: `weights_digest`, `engine`, `engine_version`, `dtype`, `device` and
+    `rope_base`, by field. A running endpoint's are its own.
+
+    Reads all weights once to hash them. Raises `CheckpointError` for weights that are incomplete, or an endpoint that
+    has another tokenizer than `folder`.
+    """
+    if engine.kind == "serve":
+        from polar_ray.engines.serve import describe_endpoint
+
+        return describe_endpoint(engine.address, PolarTokenizer(folder).digest)
+    return {
+        "weights_digest": _weights_digest(engine, folder),
+        "engine": engine.kind,
+        "engine_version": _engine_version(engine),
+        "dtype": engine.dtype,
+        "device": engine.device,
+        "rope_base": engine.rope_base,
+    }
+
+
+def _resolve_endpoint(engine: EngineConfig) -> EngineConfig:
+    from polar_ray.engines.serve import ask_model
+
+    receipt = ask_model(engine.address).receipt
+    resolved = {name: receipt[name] for name in ("dtype", "device", "rope_base")}
+    budget = engine.token_budget or ENDPOINT_TOKEN_BUDGET
+    return engine.model_copy(update={**resolved, "token_budget": budget, "threads": engine.threads or 1})
+
+
+def _weights_digest(engine: EngineConfig, folder: Path) -> str:
     """sha256 over the tensors that `engine` would load; empty for one that loads none."""
     if engine.kind == "fake":
         return ""
-    from polar_ray.model.checkpoint import weights_digest as digest
+    from polar_ray.model.checkpoint import weights_digest
 
-    return digest(folder)
+    return weights_digest(folder)
+
+
+def _engine_version(engine: EngineConfig) -> str:
+    ours = f"polar_ray {version('polar_ray')}"
+    return f"{ours}, torch {version('torch')}" if engine.kind == "torch" else ours
 
 
 def _checkpoint_dtype(folder: Path) -> str:

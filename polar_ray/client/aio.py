@@ -1,0 +1,247 @@
+"""`AsyncRewardClient`: any number of triples in, one `Scored` each out, in order, or a typed error."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager, nullcontext
+from math import isfinite
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+from pydantic import ValidationError
+
+from polar_ray.client.address import base_url, shown
+from polar_ray.client.parts import Part, fault_of, split_ids, split_triples
+from polar_ray.client.progress import row_progress
+from polar_ray.client.retry import ConnectionLost, retrying
+from polar_ray.config import endpoint_token
+from polar_ray.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    EngineProtocolError,
+    PolarRayError,
+    ReceiptMismatch,
+    Unavailable,
+    error_kinds,
+)
+from polar_ray.triples import STATUS_OK, Scored, Text, TokenIds, Triple, Wrapper
+from polar_ray.wire import MODELS_PATH, REWARDS_PATH, ModelReply, ModelsReply, Priority, RewardsReply, read_error
+
+OnRows = Callable[[int], None]
+"""Told how many rows came back."""
+
+LATE_REPLY_S = 5.0
+"""For a reply to arrive after its deadline: the endpoint refuses at the deadline, and that is worth hearing."""
+
+
+class AsyncRewardClient:
+    """A connection to one endpoint, for one event loop.
+
+        async with AsyncRewardClient("127.0.0.1:8000") as client:
+            rewards = await client.rewards([Triple(prompt, reference, output), ...])
+
+    Lists are split into requests, of which `max_in_flight` are under way at a time; groups travel whole. Retryable
+    errors are asked again until the deadline of the whole call, with back-off and no sooner than `Retry-After`. All
+    replies of one call have one receipt, that of `expect_receipt` if it is given.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        token: str | None = None,
+        deadline_s: float = 300.0,
+        priority: Priority = "interactive",
+        expect_receipt: str | None = None,
+        max_in_flight: int = 8,
+        rows_per_request: int = 256,
+        verify: bool | str = True,
+    ) -> None:
+        """`address` and `token` default to POLAR_RAY_ADDRESS and POLAR_RAY_TOKEN; `verify` may name a CA's file.
+
+        Raises `ConfigError` for an address that is none.
+        """
+        if max_in_flight < 1 or rows_per_request < 1 or deadline_s <= 0:
+            raise ConfigError("max_in_flight, rows_per_request and deadline_s must be positive")
+        self._url = base_url(address)
+        token = token or endpoint_token()
+        self._http = httpx.AsyncClient(
+            base_url=self._url,
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            verify=verify,
+            limits=httpx.Limits(max_connections=max_in_flight, max_keepalive_connections=max_in_flight),
+        )
+        self._options: dict[str, Any] = {"priority": priority}
+        if expect_receipt is not None:
+            self._options["expect_receipt"] = expect_receipt
+        self._expect_receipt = expect_receipt
+        self._deadline_s = deadline_s
+        self._rows_per_request = rows_per_request
+        self._max_in_flight = max_in_flight
+        self.receipt_id: str | None = None
+        """Of the last reply; None before there was one."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({shown(self._url)!r})"
+
+    async def score(
+        self, triples: Iterable[Triple], *, deadline_s: float | None = None, progress: bool = False
+    ) -> list[Scored]:
+        """One `Scored` per triple, in order; a row that cannot be scored says why on itself.
+
+        Raises the endpoint's error for a call that failed as a whole, `Unavailable` when nobody answers,
+        `DeadlineExceeded` when `deadline_s`, which is for everything, is over.
+        """
+        given = list(triples)
+        refused = {place: error for place, triple in enumerate(given) if (error := fault_of(triple)) is not None}
+        sendable = [place for place in range(len(given)) if place not in refused]
+        parts = split_triples([given[place] for place in sendable], self._rows_per_request)
+        with row_progress(len(sendable)) if progress else nullcontext(_ignore) as on_rows:
+            answers = iter(await self._run(parts, len(sendable), deadline_s, on_rows))
+        return [
+            Scored(None, refused[place].code, str(refused[place]), id=triple.id) if place in refused else next(answers)
+            for place, triple in enumerate(given)
+        ]
+
+    async def score_group(
+        self,
+        prompt: Text,
+        reference: Text,
+        outputs: Sequence[Text],
+        *,
+        wrapper: Wrapper = "sft",
+        deadline_s: float | None = None,
+    ) -> list[Scored]:
+        """One `Scored` per output to the same prompt and reference, in order. Raises as `score` does."""
+        triples = [Triple(prompt, reference, output, wrapper) for output in outputs]
+        return await self.score(triples, deadline_s=deadline_s)
+
+    async def score_ids(self, sequences: Sequence[TokenIds], *, deadline_s: float | None = None) -> list[Scored]:
+        """One `Scored` per encoded sequence, in order. Raises as `score` does."""
+        return await self._run(split_ids(sequences, self._rows_per_request), len(sequences), deadline_s, _ignore)
+
+    async def rewards(self, triples: Iterable[Triple], *, deadline_s: float | None = None) -> list[float]:
+        """The reward of each triple, in order. Raises, besides what `score` raises, the first failed row's error."""
+        return [reward_of(place, row) for place, row in enumerate(await self.score(triples, deadline_s=deadline_s))]
+
+    async def model(self, *, deadline_s: float | None = None) -> ModelReply:
+        """What the endpoint serves: the model, its receipt, its limits."""
+        deadline = time.monotonic() + (deadline_s or self._deadline_s)
+        reply = await self._ask("GET", MODELS_PATH, None, deadline)
+        try:
+            return ModelsReply.model_validate_json(reply.content).data[0]
+        except (ValidationError, IndexError):
+            raise EngineProtocolError(f"{shown(self._url)}{MODELS_PATH} is not an endpoint of polar_ray") from None
+
+    async def aclose(self) -> None:
+        """Let go of the connections. May be called twice."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def _run(self, parts: Iterable[Part], n_rows: int, deadline_s: float | None, on_rows: OnRows) -> list[Scored]:
+        """Ask for all parts, some at a time; the first that fails for good ends the call."""
+        deadline = time.monotonic() + (deadline_s or self._deadline_s)
+        scored: list[Scored | None] = [None] * n_rows
+        receipts: set[str] = set()
+        remaining = iter(parts)
+
+        async def work() -> None:
+            for part in remaining:
+                reply = await self._ask_for(part, deadline)
+                receipts.add(reply.receipt_id)
+                if len(receipts) > 1:
+                    raise ReceiptMismatch("the endpoint's model or settings changed during this call; ask again")
+                for place, row in zip(part.places, reply.rewards, strict=True):
+                    scored[place] = row.scored()
+                on_rows(len(part.places))
+
+        await _all_or_first_error([work() for _ in range(self._max_in_flight)])
+        self.receipt_id = next(iter(receipts), self.receipt_id)
+        return [row for row in scored if row is not None]
+
+    async def _ask_for(self, part: Part, deadline: float) -> RewardsReply:
+        response = await self._ask("POST", REWARDS_PATH, {**part.body, **self._options}, deadline)
+        try:
+            reply = RewardsReply.model_validate_json(response.content)
+        except ValidationError:
+            raise EngineProtocolError(
+                f"{shown(self._url)} answered with something that is no reply of polar_ray"
+            ) from None
+        _check_reply(reply, len(part.places))
+        if self._expect_receipt not in (None, reply.receipt_id):
+            raise ReceiptMismatch(f"expected rewards of receipt {self._expect_receipt}, got {reply.receipt_id}")
+        return reply
+
+    async def _ask(self, method: str, path: str, body: dict[str, Any] | None, deadline: float) -> httpx.Response:
+        """The reply with status 200, asked for as often as it takes and is worth."""
+        async for attempt in retrying(deadline):
+            with attempt:
+                return await self._ask_once(method, path, body, deadline)
+        raise AssertionError("tenacity raises the last error")
+
+    async def _ask_once(self, method: str, path: str, body: dict[str, Any] | None, deadline: float) -> httpx.Response:
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            raise DeadlineExceeded("the deadline of the call is over")
+        content = None if body is None else {**body, "deadline_s": remaining}
+        async with self._translated():
+            response = await self._http.request(
+                method, f".{path}", json=content, timeout=httpx.Timeout(remaining + LATE_REPLY_S, connect=remaining)
+            )
+        if response.status_code != httpx.codes.OK:
+            raise read_error(response.status_code, response.content, response.headers)
+        return response
+
+    @asynccontextmanager
+    async def _translated(self) -> AsyncIterator[None]:
+        """httpx's errors as ours."""
+        where = shown(self._url)
+        try:
+            yield
+        except httpx.ReadTimeout:
+            raise DeadlineExceeded(f"{where} did not answer within the deadline") from None
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout):
+            raise Unavailable(f"nobody answers at {where}; is the endpoint up?") from None
+        except httpx.RequestError as error:
+            raise ConnectionLost(f"the connection to {where} broke ({type(error).__name__})") from None
+
+
+def reward_of(place: int, row: Scored) -> float:
+    """A row's reward. Raises the error that the row has instead, as the class that its status names."""
+    if row.reward is not None:
+        return row.reward
+    kind = error_kinds().get(row.status, PolarRayError)
+    raise kind(f"row {place}: {row.detail}", row=place)
+
+
+def _check_reply(reply: RewardsReply, n_rows: int) -> None:
+    if [row.index for row in reply.rewards] != list(range(n_rows)):
+        raise EngineProtocolError(f"{n_rows} rows were sent and {len(reply.rewards)} came back, or in another order")
+    for row in reply.rewards:
+        if (row.reward is not None) != (row.status == STATUS_OK) or not isfinite(row.reward or 0.0):
+            raise EngineProtocolError(f"row {row.index} came back with status {row.status!r} and reward {row.reward}")
+
+
+async def _all_or_first_error(work: Sequence[Any]) -> None:
+    """Run everything; the first error cancels the rest and is raised by itself, not in a group."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _ignore(rows: int) -> None:
+    """Nobody watches."""
