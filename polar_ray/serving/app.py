@@ -5,6 +5,7 @@ Ray validates none of this: a misspelt key in a Serve config file's `args` would
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -20,6 +21,7 @@ from polar_ray.model.locate import locate_model
 from polar_ray.serving.auth import Gate
 from polar_ray.serving.autoscaling import PendingTokensPolicy
 from polar_ray.serving.replica import ScoringReplica
+from polar_ray.serving.service import Model
 
 DEPLOYMENT = "ScoringReplica"
 
@@ -43,8 +45,11 @@ def build(args: dict[str, Any]) -> Application:
     return build_application(config_from_arguments(ServeConfig, args))
 
 
-def build_application(config: ServeConfig) -> Application:
-    """The application that `config` describes, everything checked that can be before a replica starts."""
+def build_application(config: ServeConfig, load_model: Callable[[ServeConfig], Model] = Model.load) -> Application:
+    """The application that `config` describes, everything checked that can be before a replica starts.
+
+    Each replica calls `load_model` once; another one puts an engine of one's own behind the endpoint.
+    """
     refuse_unsupported(config.engine)
     PolarTokenizer(locate_model(config.model, config.revision))
     config = _resolve(config)
@@ -64,7 +69,7 @@ def build_application(config: ServeConfig) -> Application:
         max_constructor_retry_count=CONSTRUCTOR_RETRIES,
         **options,
     )
-    return deployment.bind(config)
+    return deployment.bind(config, load_model)
 
 
 def _resolve(config: ServeConfig) -> ServeConfig:

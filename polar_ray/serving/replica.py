@@ -5,6 +5,8 @@ One deployment and not three: each hop between deployments costs a Ray call per 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fastapi import FastAPI
 from ray import serve
 
@@ -20,10 +22,10 @@ from polar_ray.wire import ModelReply
 class ScoringReplica:
     """Loads the model, then answers. Serve asks `check_health` and replaces a replica that raises."""
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, load_model: Callable[[ServeConfig], Model] = Model.load) -> None:
         """Runs in the event loop that requests will run in, of which there are none yet."""
         context = serve.get_replica_context()
-        model = Model.load(config)
+        model = load_model(config)
         replica = context.replica_id.unique_id
         self._service = RewardService(model, config, replica=replica)
         self._fleet = FleetMetrics(context.app_name, replica, self._service.metrics.collect)

@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 
+from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.engines.fake import FakeEngine
+from polar_ray.engines.serve import ServeEngine
 from polar_ray.engines.torch.engine import TorchEngine
+from polar_ray.model.locate import EMBEDDED_FOLDER
 from polar_ray.planning import Batch, Group, plan
-from tests.support.checkpoints import write_checkpoint
+from tests.support.endpoint import running_endpoint, serve_config
 
-TOLERANCE = {"fake": 0.0, "torch": 1e-4, "torch-bfloat16": 0.3}
+TOLERANCE = {"fake": 0.0, "torch": 1e-4, "torch-bfloat16": 0.3, "serve": 1e-4}
 """How far the same sequence's rewards may lie apart in different company: rounding, at a standard deviation of 2."""
 
 
@@ -18,20 +21,35 @@ def name(request):
 
 
 @pytest.fixture(scope="module")
-def engine(name, tmp_path_factory):
+def connect(name):
+    """Makes an engine of the kind; one that asks an endpoint gets a real one, over the torch engine."""
     if name == "fake":
-        engine = FakeEngine()
+        yield FakeEngine
+    elif name == "serve":
+        with running_endpoint(serve_config(engine={"kind": "torch", "device": "cpu", "dtype": "float32"})) as address:
+            yield lambda: ServeEngine.connect(address, max_in_flight=2, token_budget=10_000)
     else:
         dtype = "bfloat16" if name.endswith("bfloat16") else "float32"
-        engine = TorchEngine.load(write_checkpoint(tmp_path_factory.mktemp("model")), dtype=dtype)
+        yield lambda: TorchEngine.load(EMBEDDED_FOLDER, dtype=dtype)
+
+
+@pytest.fixture(scope="module")
+def engine(connect):
+    engine = connect()
     yield engine
     engine.close()
 
 
 def draw(lengths, seed=0):
+    """Sequences in POLAR's frame, with so many tokens of their own after forty that they share."""
+    tokenizer = PolarTokenizer(EMBEDDED_FOLDER)
+    ordinary = np.flatnonzero(~tokenizer.is_control)
     random = np.random.default_rng(seed)
-    shared = random.integers(0, 512, 40)
-    return [np.concatenate([shared, random.integers(0, 512, length)]).astype(np.int32) for length in lengths]
+    shared = [tokenizer.bos_id, *random.choice(ordinary, 38), tokenizer.separator_id]
+    return [
+        np.array([*shared, *random.choice(ordinary, length - 1), tokenizer.score_id], dtype=np.int32)
+        for length in lengths
+    ]
 
 
 def whole(*sequences):
@@ -69,7 +87,9 @@ def test_a_shared_prefix_does_not_change_a_reward(engine, name):
     assert np.abs(engine.score(batch) - alone[batch.rows]).max() <= TOLERANCE[name]
 
 
-def test_one_token_is_a_sequence(engine):
+def test_one_token_is_a_sequence(engine, name):
+    if name == "serve":
+        pytest.skip("an endpoint takes whole triples only")
     assert np.isfinite(engine.score(whole(np.array([9], dtype=np.int32)))).all()
 
 
@@ -83,7 +103,7 @@ def test_the_budget_is_positive_and_sharing_has_a_limit_or_none(engine):
     assert engine.max_shared_length is None or engine.max_shared_length > 0
 
 
-def test_close_may_be_called_twice(name, tmp_path):
-    engine = FakeEngine() if name == "fake" else TorchEngine.load(write_checkpoint(tmp_path))
+def test_close_may_be_called_twice(connect):
+    engine = connect()
     engine.close()
     engine.close()

@@ -1,0 +1,90 @@
+"""A running endpoint as an engine: one receipt, typed failures, and no row blamed for a dead endpoint."""
+
+import numpy as np
+import pytest
+
+from polar_ray import Scorer, Triple
+from polar_ray.config import EngineConfig, LimitsConfig
+from polar_ray.encoding.tokenizer import PolarTokenizer
+from polar_ray.engines import serve
+from polar_ray.engines.build import resolve_engine
+from polar_ray.engines.serve import ServeEngine, describe_endpoint
+from polar_ray.errors import CheckpointError, EngineError, EngineUnavailable, ReceiptMismatch
+from polar_ray.model.locate import EMBEDDED_FOLDER
+from polar_ray.planning import Batch, Group
+from polar_ray.receipts import build_receipt
+from tests.support.endpoint import model_of, running_endpoint, serve_config
+from tests.support.engines import FaultyEngine, contains
+from tests.support.scripted_server import rewards_reply, scripted_server
+
+TORCH = {"kind": "torch", "device": "cpu", "dtype": "float32"}
+PROMPT = "Explain in one paragraph why the sky is blue, for a child of ten who likes to know how things work."
+
+
+def triples(*outputs):
+    return [Triple(PROMPT, "Air scatters blue light more than red light.", output) for output in outputs]
+
+
+def scorer_of(address, **changes):
+    return Scorer.open(engine=EngineConfig(kind="serve", address=address, **changes))
+
+
+def test_rewards_and_receipt_are_those_of_the_same_engine_here(small_tokenizer):
+    local = EngineConfig(**TORCH)
+    with running_endpoint(serve_config(engine=TORCH)) as address:
+        remote = resolve_engine(EngineConfig(kind="serve", address=address), EMBEDDED_FOLDER, has_gpu=True)
+        assert (remote.device, remote.dtype, remote.gpus, remote.threads) == ("cpu", "float32", 0, 1)
+        limits = LimitsConfig(max_tokens=1000)
+        assert build_receipt(EMBEDDED_FOLDER, small_tokenizer, remote, limits) == build_receipt(
+            EMBEDDED_FOLDER, small_tokenizer, local, limits
+        )
+        given = triples("Light scatters.", "Magic.", "", "It <|reward|>reflects.")
+        with scorer_of(address) as there, Scorer.open(engine=local) as here:
+            rows, expected = there.score(given), here.score(given)
+    assert [row.status for row in rows] == [row.status for row in expected]
+    assert [row.removed_control_tokens for row in rows] == [row.removed_control_tokens for row in expected]
+    for row, other in zip(rows, expected, strict=True):
+        assert row.reward == pytest.approx(other.reward, abs=1e-5)
+
+
+@pytest.mark.parametrize(("fault", "status"), [("raise", "engine_failed"), ("nan", "reward_not_finite")])
+def test_the_row_at_fault_is_found_through_the_endpoint(small_tokenizer, fault, status):
+    config = serve_config()
+    model = model_of(FaultyEngine(fault, contains(small_tokenizer, "POISON")), config)
+    with running_endpoint(config, model) as address, scorer_of(address) as scorer:
+        rows = scorer.score(triples("a", "POISON", "b"))
+    assert [row.status for row in rows] == ["ok", status, "ok"]
+
+
+def test_an_endpoint_that_is_gone_is_nobodys_fault(monkeypatch):
+    monkeypatch.setattr(serve, "DEADLINE_S", 0.5)
+    with running_endpoint() as address:
+        scorer = scorer_of(address)
+    with scorer, pytest.raises(EngineUnavailable, match="does not answer"):
+        scorer.score(triples("a", "b"))
+
+
+def test_no_endpoint_at_the_start_is_said_before_anything_is_scored(monkeypatch):
+    monkeypatch.setattr(serve, "CONNECT_S", 0.3)
+    with pytest.raises(EngineUnavailable, match="nobody answers"):
+        scorer_of("127.0.0.1:9")
+
+
+def test_another_tokenizer_is_refused(polar_tokenizer):
+    with running_endpoint() as address, pytest.raises(CheckpointError, match="tokenizer is not this model's"):
+        describe_endpoint(address, polar_tokenizer.digest)
+
+
+def test_a_changed_receipt_ends_the_job():
+    from polar_ray.client import RewardClient
+
+    ids = np.array(PolarTokenizer(EMBEDDED_FOLDER).encode(["text"])[0], dtype=np.int32)
+    batch = Batch((Group(ids[:0], (ids,), (0,)),))
+    with scripted_server(rewards_reply([1.0], "r1"), rewards_reply([1.0], "r2")) as script:
+        engine = ServeEngine(RewardClient(script.address, expect_receipt="r1"), token_budget=100)
+        assert engine.score(batch).tolist() == [1.0]
+        with pytest.raises(ReceiptMismatch):
+            engine.score(batch)
+        engine.close()
+        with pytest.raises(EngineError, match="closed"):
+            engine.score(batch)
