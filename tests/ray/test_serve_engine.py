@@ -35,4 +35,4 @@ def test_an_endpoint_that_is_not_there_stops_a_job_before_it_starts(corpus, tmp_
     monkeypatch.setattr("polar_ray.engines.serve.CONNECT_S", 0.3)
     with pytest.raises(EngineUnavailable, match="nobody answers"):
         score_parquet(corpus, tmp_path / "out", config(kind="serve", address="127.0.0.1:9"))
-    assert not (tmp_path / "out" / "_polar_ray").exists()
+    assert not (tmp_path / "out" / "_polar_ray" / "manifest.json").exists()
