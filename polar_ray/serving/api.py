@@ -171,7 +171,14 @@ def _dialect_handler(service: RewardService, dialect: Dialect) -> Callable[[Requ
         rows = dialect.read(body, request.query_params)
         result = await _score(service, request, rows, parse_options(request.query_params), arrived)
         _refuse_failed_rows(result)
-        answer = Answer(result.scored, service.model.name, service.receipt_id, result.tokens, result.computed_tokens)
+        answer = Answer(
+            result.scored,
+            service.model.name,
+            service.receipt_id,
+            tokens=result.tokens,
+            computed_tokens=result.computed_tokens,
+            seconds=result.total_s,
+        )
         return JSONResponse(dialect.write(body, answer), headers={RECEIPT_HEADER: service.receipt_id})
 
     return handle

@@ -21,6 +21,8 @@ class Answer:
     receipt_id: str
     tokens: int
     computed_tokens: int
+    seconds: float
+    """From the request's arrival to its rewards."""
 
     @property
     def rewards(self) -> list[float]:

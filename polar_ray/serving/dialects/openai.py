@@ -1,0 +1,139 @@
+"""Contracts around OpenAI's objects: NeMo-Gym's `/verify`, and the run of a grader.
+
+Sources: NVIDIA-NeMo/Gym `nemo_gym/base_resources_server.py`; OpenAI's `fine_tuning/alpha/graders/run`.
+"""
+
+from __future__ import annotations
+
+from polar_ray.errors import RequestInvalid
+from polar_ray.serving.dialects.base import Answer, Dialect, Json
+from polar_ray.serving.dialects.fields import Query, first_of, need, triple_row
+from polar_ray.triples import Row
+
+REFERENCE_FIELDS = ("reference", "label", "expected_answer", "ground_truth", "reference_answer")
+PROMPT_FIELDS = ("prompt", "messages", "question", "input")
+
+GRADER_ERRORS = (
+    "formula_parse_error", "invalid_variable_error", "model_grader_parse_error", "model_grader_refusal_error",
+    "model_grader_server_error", "other_error", "python_grader_runtime_error", "python_grader_server_error",
+    "sample_parse_error", "truncated_observation_error", "unresponsive_reward_error",
+)  # fmt: skip
+"""Flags of the contract. A reply with a reward has none of them but the one for what limits cut."""
+
+VERIFY_EXAMPLE = {
+    "responses_create_params": {"input": [{"role": "user", "content": "2 + 2 = ?"}]},
+    "response": {
+        "output": [{"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "4"}]}]
+    },
+    "reference": "4",
+}
+GRADER_EXAMPLE = {
+    "grader": {"type": "score_model", "name": "polar"},
+    "model_sample": "4",
+    "item": {"prompt": "2 + 2 = ?", "reference": "4"},
+}
+
+
+def read_verify(body: dict[str, Json], query: Query) -> list[Row]:
+    """The prompt is the request's input, the output the response's text, the reference a field beside them."""
+    params = need(body, "responses_create_params", "it holds the prompt as input")
+    response = need(body, "response", "it holds the output")
+    if not isinstance(params, dict) or not isinstance(response, dict):
+        raise RequestInvalid("responses_create_params and response must be objects")
+    metadata = body.get("verifier_metadata")
+    fields = {**(metadata if isinstance(metadata, dict) else {}), **body}
+    reference = first_of(fields, REFERENCE_FIELDS, "reference", "the request")
+    prompt = need(params, "input", "it is the prompt")
+    return [triple_row(_conversation(prompt, params), reference, _output_text(response), query)]
+
+
+def write_verify(body: dict[str, Json], answer: Answer) -> Json:
+    """The request's own fields, and the reward."""
+    return {**body, "reward": answer.rewards[0]}
+
+
+def read_grader(body: dict[str, Json], query: Query) -> list[Row]:
+    """`item` holds prompt and reference, `model_sample` is the output."""
+    item = need(body, "item", "it holds prompt and reference")
+    if not isinstance(item, dict):
+        raise RequestInvalid("item: expected an object with prompt and reference")
+    prompt = first_of(item, PROMPT_FIELDS, "prompt", "item")
+    reference = first_of(item, REFERENCE_FIELDS, "reference", "item")
+    return [triple_row(prompt, reference, need(body, "model_sample", "it is the output to score"), query)]
+
+
+def write_grader(body: dict[str, Json], answer: Answer) -> Json:
+    grader = body.get("grader")
+    named = grader if isinstance(grader, dict) else {}
+    (row,) = answer.scored
+    errors: dict[str, Json] = dict.fromkeys(GRADER_ERRORS, False)
+    errors |= {"truncated_observation_error": row.cut_tokens > 0}
+    return {
+        "reward": answer.rewards[0],
+        "sub_rewards": {},
+        "metadata": {
+            "name": str(named.get("name", "polar")),
+            "type": str(named.get("type", "score_model")),
+            "errors": {**errors, "model_grader_server_error_type": None, "python_grader_runtime_error_details": None},
+            "execution_time": answer.seconds,
+            "scores": {"polar": answer.rewards[0]},
+            "sampled_model_name": None,
+            "token_usage": answer.tokens,
+        },
+        "model_grader_token_usage_per_model": {},
+    }
+
+
+def _conversation(given: Json, params: dict[str, Json]) -> Json:
+    """A Responses input as messages: parts of a content joined, instructions first as the API has them."""
+    instructions = params.get("instructions")
+    turns = [given] if isinstance(given, str) else given
+    if not isinstance(turns, list):
+        raise RequestInvalid("responses_create_params.input: expected a string or a list of messages")
+    messages = [_message(turn) for turn in turns]
+    return [{"role": "system", "content": instructions}, *messages] if isinstance(instructions, str) else messages
+
+
+def _message(turn: Json) -> dict[str, str]:
+    if isinstance(turn, str):
+        return {"role": "user", "content": turn}
+    if not isinstance(turn, dict):
+        raise RequestInvalid("responses_create_params.input: expected a string or a list of messages")
+    content = turn.get("content")
+    if isinstance(content, str):
+        return {"role": str(turn.get("role", "user")), "content": content}
+    parts = content if isinstance(content, list) else ()
+    texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    if not texts:
+        raise RequestInvalid("responses_create_params.input: a turn has no text; POLAR reads texts only")
+    return {"role": str(turn.get("role", "user")), "content": "\n".join(texts)}
+
+
+def _output_text(response: dict[str, Json]) -> str:
+    """The text of a response's messages; reasoning and tool calls are none."""
+    output = response.get("output")
+    items = output if isinstance(output, list) else []
+    parts = [
+        part.get("text")
+        for item in items
+        if isinstance(item, dict) and item.get("type") == "message" and isinstance(item.get("content"), list)
+        for part in item["content"]
+        if isinstance(part, dict) and part.get("type") == "output_text"
+    ]
+    texts = [text for text in parts if isinstance(text, str)]
+    if not texts:
+        raise RequestInvalid("response: has no message with an output_text; that is the output to score")
+    return "\n".join(texts)
+
+
+DIALECTS = (
+    Dialect("nemo_gym", ("/verify",), "NeMo-Gym's /verify", read_verify, write_verify, VERIFY_EXAMPLE),
+    Dialect(
+        "openai",
+        ("/v1/fine_tuning/alpha/graders/run",),
+        "the run of a grader, in OpenAI's shape",
+        read_grader,
+        write_grader,
+        GRADER_EXAMPLE,
+    ),
+)
