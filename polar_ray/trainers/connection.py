@@ -17,7 +17,7 @@ from typing import Any
 
 from polar_ray.client import AsyncRewardClient
 from polar_ray.config import endpoint_address, endpoint_token
-from polar_ray.trainers.coalesce import Coalescer
+from polar_ray.trainers.coalesce import WAIT_S, Coalescer
 from polar_ray.triples import Scored, Triple
 
 CLOSE_S = 5.0
@@ -27,10 +27,10 @@ CLOSE_S = 5.0
 class Connection:
     """A client, and a coalescer in front of it. Safe to use from any thread."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, coalesce_s: float = WAIT_S, **options: Any) -> None:
         """`options` are those of `AsyncRewardClient`."""
         self._client = AsyncRewardClient(**options)
-        self._coalescer = Coalescer(self._client.score)
+        self._coalescer = Coalescer(self._client.score, wait_s=coalesce_s)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="polar-ray-rewards", daemon=True)
         self._thread.start()

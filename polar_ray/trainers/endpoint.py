@@ -10,6 +10,7 @@ from typing import Any, Self
 from polar_ray.client.aio import reward_of
 from polar_ray.errors import ConfigError, SchemaError
 from polar_ray.policy_text import strip_thinking
+from polar_ray.trainers.coalesce import WAIT_S
 from polar_ray.trainers.connection import Connection, connection
 from polar_ray.triples import Scored, Triple, is_sequence
 from polar_ray.wire import Priority
@@ -42,6 +43,9 @@ class Endpoint:
     keep_thinking: bool = False
     """Score outputs with their `<think>` block."""
 
+    coalesce_s: float = WAIT_S
+    """How long a call waits for others to travel with. More makes larger groups of rollouts that end one by one."""
+
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Self:
         """An endpoint from keyword settings. Raises `ConfigError` for one that is unknown."""
@@ -72,6 +76,7 @@ class Endpoint:
             priority=self.priority,
             expect_receipt=self.expect_receipt,
             verify=self.verify,
+            coalesce_s=self.coalesce_s,
         )
 
     def _triples(self, rows: Iterable[Fields]) -> list[Triple]:
