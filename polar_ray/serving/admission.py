@@ -62,7 +62,8 @@ class Admission:
         if surplus < 0:
             return
         rate = self._batcher.tokens_per_s
-        wait_s = GUESSED_RETRY_AFTER_S if rate is None else (surplus + 1) / rate
+        leaving = surplus + self._batcher.token_budget  # tokens leave the queue an engine call at a time
+        wait_s = GUESSED_RETRY_AFTER_S if rate is None else leaving / rate
         raise Overloaded(
             f"{self.pending_tokens()} tokens are queued and queue.max_queued_tokens = {self.max_queued_tokens}; come "
             "back later, or add replicas",

@@ -96,7 +96,6 @@ class Batcher:
         self, compute: Compute, *, token_budget: int, batch_wait_s: float = 0.005, bulk_share: float = 0.125
     ) -> None:
         self._compute = compute
-        self._token_budget = token_budget
         self._batch_wait_s = batch_wait_s
         self._bulk_share = bulk_share
         self._loop = asyncio.get_running_loop()
@@ -113,6 +112,9 @@ class Batcher:
         self._calls: set[_Call] = set()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="polar-ray-engine")
         self._worker = asyncio.create_task(self._work(), name="polar-ray-batcher")
+        self.token_budget = token_budget
+        """Computed tokens of one engine call."""
+
         self.tokens_per_s: float | None = None
         """Computed tokens per second of engine time, of late; None until there was a first engine call."""
 
@@ -180,7 +182,7 @@ class Batcher:
         if not any(self._queues.values()):
             self._waiting_since = call.arrived
         self._calls.add(call)
-        chunks = list(_chunks(call, self._token_budget))
+        chunks = list(_chunks(call, self.token_budget))
         start = self._virtual_time
         for chunk in chunks:
             heapq.heappush(self._queues[call.priority], (start, next(self._order), chunk))
@@ -217,7 +219,7 @@ class Batcher:
     async def _wait_for_company(self) -> None:
         """Callers that come together are some milliseconds apart; only a queue that was empty is worth the wait."""
         rest = self._waiting_since + self._batch_wait_s - time.monotonic()
-        if rest > 0 and self.pending_tokens() < self._token_budget:
+        if rest > 0 and self.pending_tokens() < self.token_budget:
             await asyncio.sleep(rest)
 
     def _take(self) -> list[_Chunk]:
@@ -225,11 +227,11 @@ class Batcher:
         taken: list[_Chunk] = []
         used = 0
         while (chunk := self._next()) is not None:
-            if taken and used + chunk.tokens > self._token_budget:
+            if taken and used + chunk.tokens > self.token_budget:
                 break
             used += chunk.prefix_tokens
             for member in (chunk, *(other for other in self._by_key[chunk.key] if other is not chunk)):
-                if member is chunk or used + member.own_tokens <= self._token_budget:
+                if member is chunk or used + member.own_tokens <= self.token_budget:
                     self._leave_queue(member)
                     taken.append(member)
                     used += member.own_tokens

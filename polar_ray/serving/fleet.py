@@ -43,19 +43,23 @@ class MetricsBoard:
 
 
 class FleetMetrics:
-    """A replica's side of the board. Metrics are never the reason that a replica fails: a lost board is made anew."""
+    """A replica's side of the board. Metrics are never the reason that a replica fails: a lost board is made anew.
+
+    The board lives as long as the replica that made it, which holds on to it: Ray stops an actor that nobody refers to.
+    """
 
     def __init__(self, application: str, replica: str, collect: Callable[[], Sequence[Metric]]) -> None:
         self._name = f"polar_ray_metrics:{application}"
         self._replica = replica
         self._collect = collect
+        self._board: ray.actor.ActorHandle | None = None
         self._pinning = asyncio.get_running_loop().create_task(self._keep_pinning())
 
     async def collect(self) -> Sequence[Metric]:
         """All replicas' families; this one's alone while there is no board."""
         try:
-            await self._pin()
-            families: Sequence[Metric] = await self._board().read.remote()
+            board = await self._pin()
+            families: Sequence[Metric] = await board.read.remote()
         except ray.exceptions.RayError:
             return self._collect()
         return families
@@ -66,9 +70,18 @@ class FleetMetrics:
                 await self._pin()
             await asyncio.sleep(PIN_PERIOD_S)
 
-    async def _pin(self) -> None:
-        await self._board().pin.remote(self._replica, self._collect())
+    async def _pin(self) -> ray.actor.ActorHandle:
+        """The board, with this replica's families on it."""
+        if self._board is None:
+            self._board = self._find_or_make_board()
+        board = self._board
+        try:
+            await board.pin.remote(self._replica, self._collect())
+        except ray.exceptions.RayError:
+            self._board = None
+            raise
+        return board
 
-    def _board(self) -> ray.actor.ActorHandle:
+    def _find_or_make_board(self) -> ray.actor.ActorHandle:
         board = ray.remote(MetricsBoard)
         return board.options(name=self._name, namespace="serve", get_if_exists=True, num_cpus=0).remote()

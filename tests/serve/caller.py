@@ -1,8 +1,9 @@
-"""A caller who does as `polar_ray.client` does: asks again after what is said to be retryable, and remembers all of it."""
+"""A caller who does as `polar_ray.client` does: what is retryable is asked again, and all of it remembered."""
 
 import asyncio
 import re
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 import httpx
@@ -67,14 +68,14 @@ class Endpoint:
     def wait_until_ready(self, seconds: float) -> None:
         self.wait_for(lambda: httpx.get(f"{self.url}/readyz").is_success, seconds)
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> defaultdict[str, float]:
         """Each metric's sum over replicas and labels, and each of its label values' sum, as `name{value}`."""
-        sums: dict[str, float] = {}
+        sums: defaultdict[str, float] = defaultdict(float)
         for family in text_string_to_metric_families(httpx.get(f"{self.url}/metrics").raise_for_status().text):
             for sample in family.samples:
                 labels = [value for label, value in sample.labels.items() if label not in ("replica", "le")]
                 for key in (sample.name, *(f"{sample.name}{{{value}}}" for value in labels)):
-                    sums[key] = sums.get(key, 0.0) + sample.value
+                    sums[key] += sample.value
         return sums
 
     def replicas(self) -> dict[int, str]:

@@ -48,6 +48,19 @@ def cluster():
 @pytest.fixture
 def deploy(cluster):
     """`deploy(seconds_per_token=0, load_model=None, **settings)`: an `Endpoint` that answers; gone after the test."""
+    with deploying(cluster) as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def module_deploy(cluster):
+    """`deploy`, for endpoints that a module's tests share."""
+    with deploying(cluster) as start:
+        yield start
+
+
+@contextmanager
+def deploying(port):
     from ray import serve
 
     deployed = []
@@ -55,7 +68,7 @@ def deploy(cluster):
     def start(**changes):
         name = next(names)
         deployed.append(name)
-        endpoint = Endpoint(name, f"http://127.0.0.1:{cluster}/{name}")
+        endpoint = Endpoint(name, f"http://127.0.0.1:{port}/{name}")
         redeploy(endpoint, **changes)
         return endpoint
 
