@@ -53,9 +53,8 @@ def register(name: str = "polar") -> None:
     register_env(name, ACTOR_CLASS)
 
 
-def _environment() -> Any:
-    """The actor class. Its base is NeMo-RL's, so it is made when it is first asked for."""
-    import ray
+def environment_class() -> Any:
+    """The environment as a plain class. Its base is NeMo-RL's, so it is made when it is asked for."""
     import torch
     from nemo_rl.environments.interfaces import EnvironmentInterface, EnvironmentReturn
 
@@ -85,12 +84,14 @@ def _environment() -> Any:
         def shutdown(self) -> None:
             """NeMo-RL calls it at the end; the connection closes with the process."""
 
-    return ray.remote(PolarEnvironment)
+    return PolarEnvironment
 
 
 def __getattr__(name: str) -> Any:
-    """`PolarEnvironment`, by the name under which NeMo-RL looks for it."""
+    """`PolarEnvironment`, the actor class, by the name under which NeMo-RL looks for it."""
     if name != "PolarEnvironment":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = environment = _environment()
-    return environment
+    import ray
+
+    globals()[name] = actor_class = ray.remote(environment_class())
+    return actor_class

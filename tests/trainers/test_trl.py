@@ -7,72 +7,20 @@ import pickle
 import pyarrow.parquet as pq
 import pytest
 
-from polar_ray import Scorer, Triple
-from polar_ray.config import EngineConfig
+from polar_ray import Triple
 from polar_ray.errors import SchemaError, Unavailable
-from polar_ray.trainers.connection import close_connections
 from polar_ray.trainers.trl import async_polar_reward, polar_reward
-from tests.support.endpoint import running_endpoint, serve_config
+from tests.support.policy import tiny_policy, tiny_tokenizer
 
 pytest.importorskip("trl", reason="trl is not installed")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL, accelerate and torch, not ours to change
 
-ENGINE = {"kind": "torch", "device": "cpu", "dtype": "float32"}
-WORDS = "the sky is blue because air scatters light and water fish clock tree red green not".split()
 QUESTIONS = {
     "Why is the sky blue?": "Air scatters blue light most.",
     "Why is grass green?": "Chlorophyll reflects green.",
 }
 STEPS, GENERATIONS = 2, 4
-CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-
-
-@pytest.fixture(scope="module")
-def address():
-    with running_endpoint(serve_config(engine=ENGINE, limits={"on_empty": "score"})) as address:
-        yield address
-        close_connections()
-
-
-@pytest.fixture(scope="module")
-def scorer():
-    with Scorer.open(engine=EngineConfig(**ENGINE)) as scorer:
-        yield scorer
-
-
-def tiny_tokenizer():
-    """One token per word, built here: no hub can be reached."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {word: place for place, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
-
-
-def tiny_policy(tokenizer):
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    return LlamaForCausalLM(config)
 
 
 def train(folder, reward_function, *, conversational=False):
