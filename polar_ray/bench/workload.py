@@ -1,8 +1,9 @@
-"""What a benchmark scores: random checkpoints of stated shapes, and groups of random ids as long as real ones."""
+"""What a benchmark scores: random checkpoints of stated shapes, and groups of random ids or words."""
 
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from polar_ray.model.architecture import CheckpointConfig
 from polar_ray.model.checkpoint import save_checkpoint
 from polar_ray.model.polar import PolarForReward
 from polar_ray.planning import Ids
+from polar_ray.triples import Triple
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,14 @@ SHARED_TOKENS = (350, 460)
 OWN_TOKENS = (141, 275)
 """Lengths of what a group shares (prompt, reference, prompt) and of each output, inclusive: whole sequences of 491 to
 735 tokens, as encoded GSM8K triples have."""
+
+PROMPT_WORDS, REFERENCE_WORDS, OUTPUT_WORDS = 60, 70, 80
+"""About 400 tokens a triple in the tokenizer that ships here."""
+
+WORDS = (
+    *("so", "the", "number", "of", "apples", "is", "three", "times", "what", "Ann", "has", "left", "after", "she"),
+    *("gives", "half", "to", "Ben", "and", "each", "box", "holds", "twelve", "7", "12", "36", "48", "+", "-", "="),
+)
 
 
 def write_random_checkpoint(folder: Path, shape: Shape, *, seed: int = 0) -> None:
@@ -71,10 +81,10 @@ def write_random_checkpoint(folder: Path, shape: Shape, *, seed: int = 0) -> Non
 
 def random_groups(n_groups: int, group_size: int, vocab_size: int, *, seed: int = 0) -> list[Ids]:
     """`n_groups * group_size` sequences, those of a group consecutive, as a trainer would send them."""
-    random = np.random.default_rng(seed)
+    chance = np.random.default_rng(seed)
 
     def draw(lengths: tuple[int, int]) -> Ids:
-        return random.integers(0, vocab_size, random.integers(lengths[0], lengths[1] + 1), dtype=np.int32)
+        return chance.integers(0, vocab_size, chance.integers(lengths[0], lengths[1] + 1), dtype=np.int32)
 
     def sequences() -> Iterator[Ids]:
         for _ in range(n_groups):
@@ -83,3 +93,19 @@ def random_groups(n_groups: int, group_size: int, vocab_size: int, *, seed: int 
                 yield np.concatenate([shared, draw(OWN_TOKENS)])
 
     return list(sequences())
+
+
+def random_triples(n_groups: int, group_size: int, *, seed: int = 0) -> list[Triple]:
+    """`n_groups * group_size` triples of random words, those of a group consecutive."""
+    chance = random.Random(seed)
+
+    def text(n_words: int) -> str:
+        return " ".join(chance.choices(WORDS, k=n_words))
+
+    def triples() -> Iterator[Triple]:
+        for _ in range(n_groups):
+            prompt, reference = text(PROMPT_WORDS), text(REFERENCE_WORDS)
+            for _ in range(group_size):
+                yield Triple(prompt, reference, text(OUTPUT_WORDS))
+
+    return list(triples())

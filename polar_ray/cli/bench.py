@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from polar_ray.config import EMBEDDED_MODEL
 from polar_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from polar_ray.bench.engine import DtypeResult
+    from polar_ray.bench.serve import Comparison, Result
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed and exactness on this machine.")
 
@@ -91,8 +95,88 @@ def engine(
             ]
         )
         content = {"command": command, **provenance(), "settings": settings, "results": [asdict(r) for r in results]}
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(content, indent=2) + "\n")
+        _write(output, content)
+
+
+@app.command()
+def serve(
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(help="torch, or fake for the road alone. Repeatable; left out, both."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="Checkpoint folder or hub name.")] = EMBEDDED_MODEL,
+    road: Annotated[
+        list[str] | None,
+        typer.Option(help="bare: no Ray; proxy: Ray Serve's own; or haproxy. Repeatable; left out, all."),
+    ] = None,
+    callers: Annotated[list[int] | None, typer.Option(min=1, help="At a time. Repeatable; left out, 1, 8, 32.")] = None,
+    rows: Annotated[
+        list[int] | None, typer.Option(min=1, help="Of a request. Repeatable; left out, 1, 4, 64, 512.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each road under each load.")] = 3,
+    seconds: Annotated[float, typer.Option("--seconds-per-load", min=0.01, help="Of one turn, at least.")] = 0.5,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of an engine, on every road.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the words.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the results as JSON to this file.")
+    ] = None,
+) -> None:
+    """Compare endpoints with the Scorer in one process, on a CPU.
+
+    Starts the API alone, Ray Serve's default proxy and its HAProxy mode beside
+    each other, lets them take turns, and holds every reward to the Scorer's.
+
+    [dim]polar-ray bench serve --engine fake --callers 8 --rows 64[/]
+    """
+    from polar_ray.bench.roads import ROADS
+    from polar_ray.bench.serve import METHOD, ROWS_IN_FLIGHT, bench_serve, settings_for, within_reach
+
+    roads, engines = list(road or ROADS), list(engine or ROWS_IN_FLIGHT)
+    _refuse_unknown("road", roads, ROADS)
+    _refuse_unknown("engine", engines, ROWS_IN_FLIGHT)
+    callers, rows = callers or [1, 8, 32], rows or [1, 4, 64, 512]
+    loads = [within_reach(callers, rows, kind) for kind in engines]
+    busy_before, results = os.getloadavg(), []
+    for kind, some in zip(engines, loads, strict=True):
+        settings = settings_for(kind, model, threads)
+        compared = bench_serve(settings, some, roads, rounds=rounds, seconds=seconds, seed=seed)
+        _show_comparison(compared)
+        results.append(asdict(compared))
+    if output is not None:
+        from polar_ray.bench.provenance import provenance
+
+        name = model if model == EMBEDDED_MODEL else Path(model).name
+        words = ["polar-ray bench serve", *_repeated("engine", engines), f"--model {name}", *_repeated("road", roads)]
+        words += [*_repeated("callers", callers), *_repeated("rows", rows)]
+        words += [f"--rounds {rounds} --seconds-per-load {seconds:g} --threads {threads} --seed {seed}"]
+        content = {
+            "command": " ".join(words),
+            **provenance(),
+            "load_average": {"before": busy_before, "after": os.getloadavg()},
+            "settings": METHOD | {"model": name, "rounds": rounds, "seconds_per_load": seconds, "threads": threads},
+            "results": results,
+        }
+        _write(output, content)
+
+
+def _refuse_unknown(option: str, given: Iterable[str], known: Iterable[str]) -> None:
+    if unknown := set(given) - set(known):
+        raise ConfigError(f"--{option} {min(unknown)}: expected {' or '.join(known)}")
+
+
+def _repeated(option: str, values: Iterable[object]) -> list[str]:
+    return [f"--{option} {value}" for value in values]
+
+
+def _show_comparison(compared: Comparison) -> None:
+    Console().print(_serve_table(compared))
+    for road, reason in compared.left_out.items():
+        Console(stderr=True, highlight=False).print(f"{road} is left out: {reason}", markup=False)
+
+
+def _write(output: Path, content: dict[str, Any]) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _table(result: DtypeResult) -> Table:
@@ -114,3 +198,64 @@ def _table(result: DtypeResult) -> Table:
             f"{row.fraction_of_gemm_rate:.0%}",
         )
     return table
+
+
+def _serve_table(compared: Comparison) -> Table:
+    title = (
+        f"{compared.engine} engine. x CPU: of the Scorer's; us/row, ms/req, over: time beyond the Scorer's, and in "
+        "percent of it"
+    )
+    table = Table(title=title, title_justify="left", title_style="bold", padding=(0, 1, 0, 0), box=None)
+    for name in ("callers", "rows"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("road", no_wrap=True)
+    for name in (
+        "req/s",
+        "rows/s",
+        "x proxy",
+        "p50 ms",
+        "p99 ms",
+        "CPU ms/row",
+        "x CPU",
+        "tok/row",
+        "us/row",
+        "ms/req",
+        "over",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
+    load = None
+    for row in compared.results:
+        is_next = (row.callers, row.rows_per_request) != load
+        if is_next and load is not None:
+            table.add_section()
+        load = (row.callers, row.rows_per_request)
+        table.add_row(*_load_cells(row, is_next), *_road_cells(row))
+    return table
+
+
+def _load_cells(row: Result, is_first: bool) -> list[str]:
+    return [str(row.callers), str(row.rows_per_request)] if is_first else ["", ""]
+
+
+def _road_cells(row: Result) -> list[str]:
+    from polar_ray.bench.serve import SCORER
+
+    own = [
+        row.road,
+        f"{row.requests_per_s:,.4g}",
+        f"{row.rows_per_s:,.0f}",
+        "" if row.speed_over_proxy is None else f"{row.speed_over_proxy:.2f}",
+        f"{row.p50_ms:,.1f}",
+        f"{row.p99_ms:,.1f}",
+        f"{row.road_cpu_ms_per_row:.2f}",
+        f"{row.cpu_over_scorer:.1f}",
+        f"{row.computed_tokens_per_row:.0f}",
+    ]
+    if row.road == SCORER:
+        return [*own, "", "", ""]
+    return [
+        *own,
+        f"{row.overhead_us_per_row:,.0f}",
+        f"{row.overhead_ms_per_request:,.1f}",
+        f"{row.overhead_percent:,.0f}%",
+    ]

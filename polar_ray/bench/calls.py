@@ -1,0 +1,147 @@
+"""One turn of a benchmark's load: rows scored in this process, or asked of an endpoint by callers that do not pause."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import httpx
+
+from polar_ray.bench.roads import Endpoint
+from polar_ray.errors import EngineProtocolError
+from polar_ray.scoring import Scorer
+from polar_ray.triples import Triple
+from polar_ray.wire import JSON_MEDIA_TYPE, REWARDS_PATH, read_error, triple_to_json
+
+REQUEST_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Rows as they are scored here and as they are sent, and what must come back."""
+
+    triples: Sequence[Triple]
+    expected: list[float]
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """So many callers, each with one request of so many rows under way at a time."""
+
+    callers: int
+    rows: int
+
+
+@dataclass(slots=True)
+class Sample:
+    """One round of one road under one load."""
+
+    seconds: float = 0.0
+    requests: int = 0
+    tokens: int = 0
+    computed_tokens: int = 0
+    road_cpu_s: float = 0.0
+    """CPU seconds of the endpoint's processes; on the Scorer's road, of this process."""
+
+    callers_cpu_s: float = 0.0
+    """CPU seconds of this process while it called."""
+
+    max_difference: float = 0.0
+    """Of a reward from the Scorer's."""
+
+    latencies_s: list[float] = field(default_factory=list)
+
+
+def make_requests(triples: Sequence[Triple], expected: Sequence[float], load: Load) -> Iterator[Request]:
+    """Twice as many as there are callers, so that no two under way are alike."""
+    for start in range(0, 2 * load.callers * load.rows, load.rows):
+        rows = triples[start : start + load.rows]
+        body = json.dumps({"triples": [triple_to_json(row) for row in rows]}).encode()
+        yield Request(rows, list(expected[start : start + load.rows]), body)
+
+
+def rewards_of(scorer: Scorer, triples: Sequence[Triple]) -> list[float]:
+    """One reward per triple. Raises `EngineProtocolError` where there is none."""
+    rewards = [row.reward for row in scorer.score(triples)]
+    if None in rewards:
+        raise EngineProtocolError("the Scorer gives no reward for a row of the benchmark's")
+    return [reward for reward in rewards if reward is not None]
+
+
+def score_turn(scorer: Scorer, requests: Sequence[Request], load: Load, seconds: float) -> Sample:
+    """The floor: what all callers of `load` have under way at once, as one call to the Scorer, for `seconds` or more."""
+    waves = [
+        [row for request in requests[start : start + load.callers] for row in request.triples]
+        for start in (0, load.callers)
+    ]
+    sample, before = Sample(), scorer.usage.copy()
+    began, cpu = time.perf_counter(), time.process_time()
+    for wave in itertools.cycle(waves):
+        sent = time.perf_counter()
+        rewards_of(scorer, wave)
+        now = time.perf_counter()
+        sample.latencies_s.append(now - sent)
+        sample.requests += load.callers
+        if now - began > seconds:
+            break
+    sample.seconds, sample.road_cpu_s = time.perf_counter() - began, time.process_time() - cpu
+    work = scorer.usage - before
+    sample.tokens, sample.computed_tokens = work.tokens, work.computed_tokens
+    return sample
+
+
+def call_turn(endpoint: Endpoint, requests: Sequence[Request], load: Load, seconds: float, tolerance: float) -> Sample:
+    """Every caller sends its next request as soon as it has the last reply, for `seconds` or one request.
+
+    Raises `EngineProtocolError` for a reward that is not the expected one, or what the endpoint answers with.
+    """
+    return asyncio.run(_call_together(endpoint, requests, load, seconds, tolerance))
+
+
+async def _call_together(
+    endpoint: Endpoint, requests: Sequence[Request], load: Load, seconds: float, tolerance: float
+) -> Sample:
+    sample, upcoming = Sample(), itertools.cycle(requests)
+    limits = httpx.Limits(max_connections=load.callers, max_keepalive_connections=load.callers)
+    async with httpx.AsyncClient(
+        base_url=endpoint.url, limits=limits, timeout=REQUEST_TIMEOUT_S, trust_env=False
+    ) as client:
+        await asyncio.gather(*(client.get("/healthz") for _ in range(load.callers)))  # connects all of them
+        road_cpu, cpu, began = endpoint.cpu_s(), time.process_time(), time.perf_counter()
+
+        async def caller() -> None:
+            while True:
+                request, sent = next(upcoming), time.perf_counter()
+                reply = await client.post(REWARDS_PATH, content=request.body, headers={"content-type": JSON_MEDIA_TYPE})
+                now = time.perf_counter()
+                sample.latencies_s.append(now - sent)
+                count_reply(sample, reply, request.expected, tolerance)
+                if now - began > seconds:
+                    return
+
+        await asyncio.gather(*(caller() for _ in range(load.callers)))
+        sample.seconds, sample.callers_cpu_s = time.perf_counter() - began, time.process_time() - cpu
+        sample.road_cpu_s = endpoint.cpu_s() - road_cpu
+    return sample
+
+
+def count_reply(sample: Sample, reply: httpx.Response, expected: Sequence[float], tolerance: float) -> None:
+    """Add a reply to `sample`. Raises what the endpoint says, or `EngineProtocolError` for a wrong reward."""
+    if not reply.is_success:
+        raise read_error(reply.status_code, reply.content, reply.headers)
+    content = json.loads(reply.content)
+    found = [row["reward"] for row in content["rewards"]]
+    if len(found) != len(expected) or None in found:
+        raise EngineProtocolError(f"a reply of {len(found)} rows to {len(expected)}, or one without a reward")
+    difference = max(abs(reward - right) / max(1.0, abs(right)) for reward, right in zip(found, expected, strict=True))
+    if not difference <= tolerance:
+        raise EngineProtocolError(f"a reward is off the Scorer's by {difference:.2e}, and {tolerance:g} is allowed")
+    sample.requests += 1
+    sample.tokens += content["usage"]["tokens"]
+    sample.computed_tokens += content["usage"]["computed_tokens"]
+    sample.max_difference = max(sample.max_difference, difference)
