@@ -74,7 +74,7 @@ def rewards_of(scorer: Scorer, triples: Sequence[Triple]) -> list[float]:
 
 
 def score_turn(scorer: Scorer, requests: Sequence[Request], load: Load, seconds: float) -> Sample:
-    """The floor: what all callers of `load` have under way at once, as one call to the Scorer, for `seconds` or more."""
+    """The floor: what all callers of `load` have under way, as one call to the Scorer, for `seconds` or more."""
     waves = [
         [row for request in requests[start : start + load.callers] for row in request.triples]
         for start in (0, load.callers)
