@@ -77,11 +77,11 @@ def build_api(service: RewardService, collect_fleet: CollectFleet | None = None)
     async def authorise(request: Request) -> None:
         gate.check(request.headers.get("authorization"))
 
-    app.include_router(_open_routes(service))
     asked = [Depends(authorise)] if gate.is_open else [Depends(authorise), Depends(HTTPBearer(auto_error=False))]
     app.include_router(_native_routes(service), dependencies=asked)
-    app.include_router(_metrics_route(service, collect_fleet), dependencies=asked)
     app.include_router(_dialect_routes(service), dependencies=asked)
+    app.include_router(_metrics_route(service, collect_fleet), dependencies=asked)
+    app.include_router(_open_routes(service))
     return app
 
 
@@ -94,8 +94,8 @@ def _open_routes(service: RewardService) -> APIRouter:
     async def playground() -> HTMLResponse:
         return HTMLResponse(page, headers=PAGE_HEADERS)
 
-    @router.get("/healthz", tags=["operation"], responses=openapi.UNAVAILABLE)
-    @router.get("/readyz", tags=["operation"], responses=openapi.UNAVAILABLE)
+    @router.get("/healthz", tags=["operation"], summary="Is it well?", responses=openapi.UNAVAILABLE)
+    @router.get("/readyz", tags=["operation"], summary="May it be asked?", responses=openapi.UNAVAILABLE)
     async def health() -> dict[str, str]:
         """200 while the engine that answers is able to give rewards."""
         try:
@@ -110,7 +110,13 @@ def _open_routes(service: RewardService) -> APIRouter:
 def _native_routes(service: RewardService) -> APIRouter:
     router = APIRouter(route_class=TypedRoute, tags=["rewards"])
 
-    @router.post(REWARDS_PATH, response_model=RewardsReply, openapi_extra=openapi.REWARDS, responses=openapi.ERRORS)
+    @router.post(
+        REWARDS_PATH,
+        summary="Score triples, or a group",
+        response_model=RewardsReply,
+        openapi_extra=openapi.REWARDS,
+        responses=openapi.ERRORS,
+    )
     async def rewards(request: Request) -> Response:
         """Score a list of triples, or the outputs of one group.
 
@@ -126,7 +132,7 @@ def _native_routes(service: RewardService) -> APIRouter:
             return Response(write_reply(reply), headers=headers, media_type=ARROW_MEDIA_TYPE)
         return Response(reply.model_dump_json(), headers=headers, media_type=JSON_MEDIA_TYPE)
 
-    @router.get(MODELS_PATH, responses=openapi.REFUSALS)
+    @router.get(MODELS_PATH, summary="The model and its receipt", responses=openapi.REFUSALS)
     async def models() -> ModelsReply:
         """The model, the receipt that says how its rewards are made, and the limits."""
         return ModelsReply(data=[service.describe()])
@@ -137,7 +143,7 @@ def _native_routes(service: RewardService) -> APIRouter:
 def _metrics_route(service: RewardService, collect_fleet: CollectFleet | None) -> APIRouter:
     router = APIRouter(route_class=TypedRoute, tags=["operation"])
 
-    @router.get("/metrics", response_class=Response, responses=openapi.METRICS)
+    @router.get("/metrics", summary="Prometheus metrics", response_class=Response, responses=openapi.METRICS)
     async def metrics() -> Response:
         """All replicas' metrics in Prometheus' text format."""
         families = service.metrics.collect() if collect_fleet is None else await collect_fleet()

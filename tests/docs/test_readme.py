@@ -3,10 +3,14 @@
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 PROJECT = Path(__file__).parents[2]
@@ -43,12 +47,45 @@ def without_numbers(text: str) -> str:
     return re.sub(r"[\s\d.\u2588-\u258f-]+", " ", text).strip()
 
 
-@pytest.mark.parametrize("command", [body for body in COMMANDS if not body.startswith("make")])
+@pytest.mark.parametrize("command", [body for body in COMMANDS if not body.startswith(("make", "polar-ray serve"))])
 def test_a_command_runs(command, copy):
     assert run(command, copy)
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.fixture
+def endpoint(copy):
+    """Where `polar-ray serve`, as the README has it, answers; on a port that is free."""
+    (command,) = [body.strip() for body in COMMANDS if body.startswith("polar-ray serve")]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    binary = Path(sys.executable).parent / "polar-ray"
+    server = subprocess.Popen([binary, *command.split()[1:], "--port", str(port)], cwd=copy, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not is_well(port):
+        assert server.poll() is None, server.stderr.read().decode()[-2000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    yield f"127.0.0.1:{port}"
+    server.send_signal(signal.SIGINT)
+    assert server.wait(60) == 0
+
+
+def is_well(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/healthz").is_success
+    except httpx.TransportError:
+        return False
+
+
+def test_the_clients_program_runs_against_the_endpoint_that_the_readme_starts(endpoint, copy):
+    (program,) = [program for program in PROGRAMS if "RewardClient" in program]
+    program = program.replace("127.0.0.1:8000", endpoint)
+    printed = run(f"{sys.executable} - <<'END'\n{program}\nEND", copy).splitlines()
+    assert float(printed[0].strip("[]")) == pytest.approx(1.7294, abs=1e-3)
+    assert [" ok " in line for line in printed[1:]] == [True, True]
+
+
+@pytest.mark.parametrize("program", [program for program in PROGRAMS if "RewardClient" not in program])
 def test_a_program_runs(program, copy):
     printed = run(f"{sys.executable} - <<'END'\n{program}\nEND", copy).splitlines()
     assert " ok " in printed[0]

@@ -6,7 +6,7 @@ import pytest
 from pydantic import BaseModel
 
 from polar_ray import config
-from polar_ray.config import ScoreConfig, load_config
+from polar_ray.config import ScoreConfig, ServeConfig, config_from_arguments, load_config
 from polar_ray.errors import ConfigError
 
 JOBS = sorted((Path(__file__).parents[2] / "jobs").rglob("*.toml"))
@@ -87,6 +87,26 @@ def test_every_setting_explains_itself():
                 assert is_section or field.description, f"{kind.__name__}.{name} has no docstring"
 
 
-@pytest.mark.parametrize("file", JOBS, ids=lambda file: file.name)
-def test_the_jobs_that_ship_are_valid(file):
-    assert load_config(ScoreConfig, file)
+@pytest.mark.parametrize("file", JOBS, ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_the_settings_that_ship_are_valid(file):
+    assert load_config(ServeConfig if file.parent.name == "serve" else ScoreConfig, file)
+
+
+def test_replicas_are_a_number_or_a_range():
+    assert ServeConfig(replicas=3).replica_range == (3, 3)
+    assert ServeConfig(replicas="0:8").replica_range == (0, 8)
+    for wrong in ("0", "4:2", "many", -1, "auto"):
+        with pytest.raises(ConfigError, match="replicas: expected"):
+            load_config(ServeConfig, replicas=wrong)
+
+
+def test_arguments_of_serve_run_may_be_dotted_and_those_of_a_config_file_nested():
+    dotted = config_from_arguments(
+        ServeConfig, {"model": "embedded", "engine.kind": "fake", "replicas": "2", "queue.batch_wait_s": "0.01"}
+    )
+    nested = config_from_arguments(
+        ServeConfig, {"engine": {"kind": "fake"}, "replicas": 2, "queue": {"batch_wait_s": 0.01}}
+    )
+    assert dotted == nested
+    with pytest.raises(ConfigError, match=r"unknown setting 'engine\.knid'; known here: kind"):
+        config_from_arguments(ServeConfig, {"engine.knid": "fake"})
