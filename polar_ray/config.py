@@ -178,8 +178,8 @@ class QueueConfig(Settings):
     """What a replica takes on, and in which order it works."""
 
     max_queued_tokens: int | None = Field(None, ge=1)
-    """Tokens that may wait in one replica; a request that comes while more wait is refused with 429 and the time to
-    come back. `bulk` requests are refused at half of it. Left out: 64 engine calls' worth."""
+    """Tokens that one replica may have to compute before a request; one that finds more before it is refused with 429
+    and the time to come back. `bulk` requests are refused at half of it. Left out: 64 engine calls' worth."""
 
     batch_wait_s: float = Field(0.005, ge=0, le=10)
     """How long an idle engine waits for company after a first request, so that callers that come together share."""

@@ -10,7 +10,7 @@ from polar_ray.serving.batcher import Batcher
 from polar_ray.wire import Priority
 
 BULK_FRACTION = 0.5
-"""Of the queue: `bulk` calls are refused beyond it, so that `interactive` ones always find room."""
+"""Of the queue: `bulk` calls are refused beyond it."""
 
 MOST_RETRY_AFTER_S = 600.0
 """A guess further ahead is worth nothing."""
@@ -22,23 +22,25 @@ GUESSED_RETRY_AFTER_S = 1.0
 class Admission:
     """Keeps the queue of one replica short enough to be worth standing in.
 
-    The bound is soft by one call: who comes while there is room is let in whole, however large.
+    An interactive call is refused for what would be computed before it, not for all that waits: callers share the
+    engine evenly, so neither one of ten thousand rows nor a backfill shuts out one of a single row. The bound is soft
+    by one call of each priority: who comes while there is room is let in whole, however large.
     """
 
     def __init__(self, batcher: Batcher, max_queued_tokens: int) -> None:
         self._batcher = batcher
-        self._reserved: dict[Priority, int] = {"interactive": 0, "bulk": 0}
+        self._reserved: dict[Priority, list[int]] = {"interactive": [], "bulk": []}
         self.max_queued_tokens = max_queued_tokens
 
     @contextmanager
     def reserve(self, tokens: int, priority: Priority) -> Iterator[None]:
         """Room for a call that is being encoded, whose size is so far a guess. Raises `Overloaded` if there is none."""
-        self._refuse_when_full(priority)
-        self._reserved[priority] += tokens
+        self._refuse_when_full(tokens, priority)
+        self._reserved[priority].append(tokens)
         try:
             yield
         finally:
-            self._reserved[priority] -= tokens
+            self._reserved[priority].remove(tokens)
 
     def check_deadline(self, tokens: int, priority: Priority, remaining_s: float) -> None:
         """Raise `Overloaded` if a call of so many tokens cannot be done in the time that is left."""
@@ -52,11 +54,11 @@ class Admission:
 
     def pending_tokens(self, priority: Priority | None = None) -> int:
         """Tokens that wait, are being encoded or computed."""
-        reserved = sum(self._reserved.values()) if priority is None else self._reserved[priority]
-        return self._batcher.pending_tokens(priority) + reserved
+        reserved = self._reserved.values() if priority is None else [self._reserved[priority]]
+        return self._batcher.pending_tokens(priority) + sum(map(sum, reserved))
 
-    def _refuse_when_full(self, priority: Priority) -> None:
-        surplus = self.pending_tokens() - self.max_queued_tokens
+    def _refuse_when_full(self, tokens: int, priority: Priority) -> None:
+        surplus = self._tokens_ahead(tokens, priority) - self.max_queued_tokens
         if priority == "bulk":
             surplus = max(surplus, self.pending_tokens("bulk") - int(self.max_queued_tokens * BULK_FRACTION))
         if surplus < 0:
@@ -69,6 +71,13 @@ class Admission:
             "back later, or add replicas",
             retry_after_s=_bounded(wait_s),
         )
+
+    def _tokens_ahead(self, tokens: int, priority: Priority) -> int:
+        """As the batcher says; and of calls that are being encoded, no more than goes before this one is done."""
+        if priority == "bulk":
+            return self.pending_tokens()
+        encoding = sum(min(tokens, reserved) for reserved in self._reserved["interactive"])
+        return self._batcher.tokens_ahead(tokens, priority) + encoding
 
 
 def _bounded(seconds: float) -> float:

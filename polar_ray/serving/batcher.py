@@ -151,18 +151,20 @@ class Batcher:
         """Tokens that wait or are being computed; of one priority, or of both."""
         return sum(self._pending.values()) if priority is None else self._pending[priority]
 
+    def tokens_ahead(self, tokens: int, priority: Priority) -> int:
+        """What the engine would compute, beside it, until it is done with a call of so many tokens that came now."""
+        if priority == "bulk":
+            return self.pending_tokens()
+        finish = self._virtual_time + tokens
+        queue = self._queues["interactive"]
+        waiting = sum(chunk.tokens for start, _, chunk in queue if chunk.is_waiting and start < finish)
+        return waiting + self._in_flight_tokens
+
     def seconds_ahead(self, tokens: int, priority: Priority) -> float | None:
         """How long a call of so many tokens would take if it came now; None while the engine's speed is not known."""
         if self.tokens_per_s is None:
             return None
-        if priority == "bulk":
-            ahead = self.pending_tokens()
-        else:
-            finish = self._virtual_time + tokens
-            queue = self._queues["interactive"]
-            ahead = sum(chunk.tokens for start, _, chunk in queue if chunk.is_waiting and start < finish)
-            ahead += self._in_flight_tokens
-        return (ahead + tokens) / self.tokens_per_s
+        return (self.tokens_ahead(tokens, priority) + tokens) / self.tokens_per_s
 
     async def close(self) -> None:
         """Stop after the engine call in progress; what still waits is told `Unavailable`. May be called twice."""

@@ -16,7 +16,7 @@ FILES = sorted((CLUSTER / "serve").glob("*.yaml"))
 
 
 def unknown_keys(kind: Any, value: Any, path: str = "") -> list[str]:
-    """Keys of `value` that the pydantic model in the annotation `kind` does not have; Ray's own models let them pass."""
+    """Keys of `value` that the model in the annotation `kind` does not have; Ray's own models let them pass."""
     if isinstance(value, list):
         return [key for item in value for key in unknown_keys(kind, item, path)]
     model = find_model(kind)

@@ -10,6 +10,7 @@ class Queue:
     """A batcher's account of itself."""
 
     token_budget = 100
+    most_ahead = 10_000
 
     def __init__(self, tokens_per_s=None, **pending):
         self.tokens_per_s = tokens_per_s
@@ -17,6 +18,9 @@ class Queue:
 
     def pending_tokens(self, priority=None):
         return sum(self.pending.values()) if priority is None else self.pending[priority]
+
+    def tokens_ahead(self, tokens, priority):
+        return self.pending_tokens() if priority == "bulk" else min(self.pending["interactive"], self.most_ahead)
 
     def seconds_ahead(self, tokens, priority):
         return None if self.tokens_per_s is None else (self.pending_tokens() + tokens) / self.tokens_per_s
@@ -54,6 +58,17 @@ def test_the_time_to_come_back_is_the_surplus_and_an_engine_call_over_the_engine
         pass
     assert refused.value.details["retry_after_s"] == wait
     assert refused.value.retryable
+
+
+def test_one_large_call_and_a_backfill_shut_nobody_out():
+    queue = Queue(interactive=9000, bulk=5000)
+    queue.most_ahead = 300
+    admission = Admission(queue, 1000)
+    with admission.reserve(300, "interactive"), admission.reserve(300, "interactive"):
+        with admission.reserve(50, "interactive"):
+            assert admission.pending_tokens() == 14650
+        with pytest.raises(Overloaded), admission.reserve(350, "interactive"), admission.reserve(350, "interactive"):
+            pass
 
 
 def test_a_deadline_that_cannot_be_met_is_refused_at_once():
