@@ -6,6 +6,8 @@ from contextlib import asynccontextmanager, contextmanager
 
 import httpx
 import uvicorn
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from polar_ray.config import ServeConfig
 from polar_ray.encoding.encode import Encoder
@@ -52,15 +54,17 @@ async def api_client(config: ServeConfig | None = None, model: Model | None = No
 
 
 @contextmanager
-def running_endpoint(config: ServeConfig | None = None, model: Model | None = None):
-    """Address (`127.0.0.1:PORT`) of the API under uvicorn, in a thread of its own."""
+def running_endpoint(config: ServeConfig | None = None, model: Model | None = None, prefix: str = ""):
+    """Address (`127.0.0.1:PORT`) of the API under uvicorn, in a thread of its own; its routes stand below `prefix`."""
     config = config or serve_config()
     started: threading.Event = threading.Event()
     found: dict = {}
 
     async def serve() -> None:
         service = RewardService(model or Model.load(config), config)
-        settings = uvicorn.Config(build_api(service), host="127.0.0.1", port=0, log_level="error", lifespan="off")
+        api = build_api(service)
+        api = Starlette(routes=[Mount(prefix, api)]) if prefix else api
+        settings = uvicorn.Config(api, host="127.0.0.1", port=0, log_level="error", lifespan="off")
         server = found["server"] = uvicorn.Server(settings)
         running = asyncio.create_task(server.serve())
         while not server.started and not running.done():
