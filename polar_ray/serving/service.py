@@ -19,6 +19,7 @@ from polar_ray.errors import (
     DeadlineExceeded,
     EngineError,
     EngineStartError,
+    EngineUnavailable,
     ReceiptMismatch,
     RequestTooLarge,
     TripleError,
@@ -46,6 +47,9 @@ ENCODING_THREADS = 2
 
 QUEUED_ENGINE_CALLS = 64
 """Engine calls' worth of tokens that may wait, where `queue.max_queued_tokens` does not say."""
+
+BROKEN = "the engine fails on a triple that it scored when it came up"
+"""Then no row of a caller is to blame."""
 
 CHARACTERS_PER_TOKEN = 3
 """A guess at what a text will come to, for the time until it is encoded; low, so that the guess is high."""
@@ -186,7 +190,7 @@ class RewardService:
     def check_health(self) -> None:
         """Raise `EngineError` if this replica will give no more rewards and must be replaced."""
         if self._is_broken:
-            raise EngineError("the engine fails on a triple that it scored when it came up")
+            raise EngineError(BROKEN)
         if not self._batcher.is_alive:
             raise EngineError("nothing takes calls to the engine any more")
         since = self._batcher.computing_since
@@ -232,6 +236,8 @@ class RewardService:
             isinstance(outcome.reward, EngineError) and outcome.reward.code == EngineError.code for outcome in outcomes
         ):
             self._is_broken = not scorer.score([CANARY])[0].is_ok
+            if self._is_broken:
+                raise EngineUnavailable(f"{BROKEN}; ask again, another replica takes its place")
         return outcomes
 
 
