@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -195,7 +196,7 @@ async def _score(
 ) -> Result:
     try:
         return await unless_gone(request, service.score(rows, options, arrived=arrived))
-    except CallerGone:
+    except (CallerGone, asyncio.CancelledError):  # the second is how Ray's proxy may say it
         service.metrics.count_dropped()
         raise
 

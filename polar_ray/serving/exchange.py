@@ -51,6 +51,9 @@ class TypedRoute(APIRoute):
             except (CallerGone, ClientDisconnect):
                 code = "caller_gone"
                 return Response(status_code=CALLER_GONE_STATUS)
+            except asyncio.CancelledError:
+                code = "caller_gone"
+                raise
             except RequestValidationError:
                 code = RequestInvalid.code
                 return error_response(RequestInvalid("a parameter is malformed; the OpenAPI page says what it must be"))

@@ -268,6 +268,24 @@ def test_a_short_deadline_is_a_typed_refusal_and_no_late_work():
     with_api(test, config, fake_model(config, seconds_per_token=0.002))
 
 
+def test_a_handler_that_is_cancelled_tells_of_a_caller_who_has_gone():
+    """Which is how Ray's proxy may say it, instead of ending the connection's messages."""
+    config = serve_config()
+
+    async def test(client, service):
+        asked = asyncio.create_task(client.post("/v1/rewards", json=CAPITAL))
+        while service._batcher.computing_since is None:
+            await asyncio.sleep(0.001)
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+        told = (await client.get("/metrics")).text
+        assert 'polar_ray_dropped_requests_total{replica="local"} 1.0' in told
+        assert 'polar_ray_requests_total{code="caller_gone",replica="local",route="/v1/rewards"} 1.0' in told
+        assert 'code="ok",replica="local",route="/v1/rewards"' not in told
+
+    with_api(test, config, fake_model(config, seconds_per_token=0.002))
+
+
 def test_a_caller_that_hangs_up_leaves_no_work_behind():
     """At the level of ASGI: the connection's end comes while the rows still wait."""
     config = serve_config()
