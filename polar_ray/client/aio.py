@@ -24,6 +24,7 @@ from polar_ray.errors import (
     EngineProtocolError,
     PolarRayError,
     ReceiptMismatch,
+    RequestTooLarge,
     Unavailable,
     error_kinds,
 )
@@ -32,6 +33,9 @@ from polar_ray.wire import MODELS_PATH, REWARDS_PATH, ModelReply, ModelsReply, P
 
 OnRows = Callable[[int], None]
 """Told how many rows came back."""
+
+LONGEST_DEADLINE_S = 86400.0
+"""That a request may say; a longer call asks again."""
 
 LATE_REPLY_S = 5.0
 """For a reply to arrive after its deadline: the endpoint refuses at the deadline, and that is worth hearing."""
@@ -72,6 +76,7 @@ class AsyncRewardClient:
             base_url=self._url,
             headers={"Authorization": f"Bearer {token}"} if token else {},
             verify=verify,
+            trust_env=False,  # an endpoint is on the cluster's own network, where a proxy for the world has no business
             limits=httpx.Limits(max_connections=max_in_flight, max_keepalive_connections=max_in_flight),
         )
         self._options: dict[str, Any] = {"priority": priority}
@@ -155,15 +160,25 @@ class AsyncRewardClient:
         receipts: set[str] = set()
         remaining = iter(parts)
 
+        async def settle(part: Part) -> None:
+            try:
+                reply = await self._ask_for(part, deadline)
+            except RequestTooLarge:
+                if len(part.places) == 1:
+                    raise
+                for half in part.halves():
+                    await settle(half)
+                return
+            receipts.add(reply.receipt_id)
+            if len(receipts) > 1:
+                raise ReceiptMismatch("the endpoint's model or settings changed during this call; ask again")
+            for place, row in zip(part.places, reply.rewards, strict=True):
+                scored[place] = row.scored()
+            on_rows(len(part.places))
+
         async def work() -> None:
             for part in remaining:
-                reply = await self._ask_for(part, deadline)
-                receipts.add(reply.receipt_id)
-                if len(receipts) > 1:
-                    raise ReceiptMismatch("the endpoint's model or settings changed during this call; ask again")
-                for place, row in zip(part.places, reply.rewards, strict=True):
-                    scored[place] = row.scored()
-                on_rows(len(part.places))
+                await settle(part)
 
         await _all_or_first_error([work() for _ in range(self._max_in_flight)])
         self.receipt_id = next(iter(receipts), self.receipt_id)
@@ -193,7 +208,7 @@ class AsyncRewardClient:
         remaining = deadline - time.monotonic()
         if remaining <= 0:
             raise DeadlineExceeded("the deadline of the call is over")
-        content = None if body is None else {**body, "deadline_s": remaining}
+        content = None if body is None else {**body, "deadline_s": min(remaining, LONGEST_DEADLINE_S)}
         async with self._translated():
             response = await self._http.request(
                 method, f".{path}", json=content, timeout=httpx.Timeout(remaining + LATE_REPLY_S, connect=remaining)
@@ -210,7 +225,9 @@ class AsyncRewardClient:
             yield
         except httpx.ReadTimeout:
             raise DeadlineExceeded(f"{where} did not answer within the deadline") from None
-        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout):
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise ConfigError(f"the certificate of {where} is not trusted; name its CA's file as verify") from None
             raise Unavailable(f"nobody answers at {where}; is the endpoint up?") from None
         except httpx.RequestError as error:
             raise ConnectionLost(f"the connection to {where} broke ({type(error).__name__})") from None

@@ -19,6 +19,15 @@ class Part:
     places: list[int]
     body: dict[str, Any]
 
+    def halves(self) -> tuple[Part, Part]:
+        """The request in two, for an endpoint that finds it too large. Needs two rows."""
+        (form,) = {"triples", "outputs", "ids"} & self.body.keys()
+        middle, rows = len(self.places) // 2, self.body[form]
+        return (
+            Part(self.places[:middle], {**self.body, form: rows[:middle]}),
+            Part(self.places[middle:], {**self.body, form: rows[middle:]}),
+        )
+
 
 def split_triples(triples: Sequence[Triple], rows_per_request: int) -> Iterator[Part]:
     """Requests that hold every triple once.

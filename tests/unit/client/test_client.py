@@ -20,6 +20,7 @@ from polar_ray.errors import (
     Overloaded,
     ReceiptMismatch,
     RequestInvalid,
+    RequestTooLarge,
     Unauthorized,
     Unavailable,
 )
@@ -192,6 +193,19 @@ def test_a_failed_row_is_data_for_score_and_an_error_for_rewards():
         with pytest.raises(EngineError, match="row 1") as raised:
             client.rewards(outputs(2))
         assert type(raised.value) is EngineError
+
+
+def test_a_request_that_the_endpoint_finds_too_large_goes_in_parts():
+    def picky(body):
+        return good(body) if n_rows(body) <= 3 else error_answer(413, "request_too_large")
+
+    with scripted_server(picky) as script, RewardClient(script.address) as client:
+        assert client.rewards(outputs(20)) == [float(n) for n in range(20)]
+        assert max(n_rows(body) for body in script.bodies) == 20
+        never = [Triple("P", "R", "1")]
+    with scripted_server(error_answer(413, "request_too_large")) as script, RewardClient(script.address) as client:
+        with pytest.raises(RequestTooLarge):
+            client.rewards(never)
 
 
 def test_a_row_that_cannot_be_sent_keeps_its_place_and_its_neighbours():
