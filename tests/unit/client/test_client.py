@@ -202,10 +202,12 @@ def test_a_request_that_the_endpoint_finds_too_large_goes_in_parts():
     with scripted_server(picky) as script, RewardClient(script.address) as client:
         assert client.rewards(outputs(20)) == [float(n) for n in range(20)]
         assert max(n_rows(body) for body in script.bodies) == 20
-        never = [Triple("P", "R", "1")]
-    with scripted_server(error_answer(413, "request_too_large")) as script, RewardClient(script.address) as client:
-        with pytest.raises(RequestTooLarge):
-            client.rewards(never)
+    with (
+        scripted_server(error_answer(413, "request_too_large")) as script,
+        RewardClient(script.address) as client,
+        pytest.raises(RequestTooLarge),
+    ):
+        client.rewards(outputs(1))
 
 
 def test_a_row_that_cannot_be_sent_keeps_its_place_and_its_neighbours():
