@@ -24,8 +24,8 @@ from polar_ray.errors import DeadlineExceeded, Unavailable
 from polar_ray.policy_text import output_of, plain_prompt
 from polar_ray.trainers.endpoint import Endpoint, Fields, column, reward
 
-POOL_DEADLINE_S = 12.0
-"""Inside the 15 s of AReaL's pool, with time left to say so."""
+POOL_DEADLINE_S = 9.0
+"""Inside the 15 s of AReaL's pool, less the 5 s for which the client listens for a late refusal."""
 
 IN_THE_POOL, IN_THE_LOOP = Endpoint(deadline_s=POOL_DEADLINE_S), Endpoint()
 

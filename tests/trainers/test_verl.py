@@ -17,7 +17,10 @@ from tests.support.endpoint import running_endpoint, serve_config
 from tests.support.policy import tiny_tokenizer
 from tests.support.scripted_server import rewards_reply, scripted_server
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of verl's and its dependencies' own
+pytestmark = [
+    pytest.mark.clients,
+    pytest.mark.filterwarnings("ignore"),  # of verl and its dependencies, not ours to change
+]
 
 PROMPT_TOKENS, RESPONSE_TOKENS = 4, 8
 PROMPTS = ["Why is the sky blue?", "Why is grass green?"]
