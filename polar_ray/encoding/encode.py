@@ -166,7 +166,10 @@ class Encoder:
     def encode_ids(self, given: TokenIds) -> EncodedTriple:
         """Ids that somebody else encoded, if they are framed as POLAR's are. Raises `TripleError` if not."""
         tokenizer = self.tokenizer
-        ids = np.array(given.ids, dtype=np.int64)
+        try:
+            ids = np.array(given.ids, dtype=np.int64)
+        except OverflowError:
+            raise TripleError(f"ids: one is outside the {tokenizer.vocab_size} pieces", field="ids") from None
         outside = ids[(ids < 0) | (ids >= tokenizer.vocab_size)]
         if len(outside):
             raise TripleError(f"ids: {outside[0]} is outside the {tokenizer.vocab_size} pieces", field="ids")

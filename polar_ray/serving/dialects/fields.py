@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -71,6 +72,16 @@ def first_of(body: Mapping[str, Json], names: Sequence[str], what: str, where: s
         if body.get(name) is not None:
             return body[name]
     raise RequestInvalid(f"{where} has no {what}, which POLAR needs; send it as {' or '.join(names)}")
+
+
+def check_can_be_echoed(value: Json, name: str) -> None:
+    """Raise `RequestInvalid` for what JSON lets in and not out: lone surrogates, NaN, numbers beyond a float."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):
+        raise RequestInvalid(
+            f"{name} is sent back and holds what JSON cannot: a lone surrogate, or a number that is not finite"
+        ) from None
 
 
 def sigmoid(reward: float) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from polar_ray.errors import RequestInvalid
 from polar_ray.serving.dialects.base import Answer, Dialect, Json
-from polar_ray.serving.dialects.fields import Query, first_of, need, triple_row
+from polar_ray.serving.dialects.fields import Query, check_can_be_echoed, first_of, need, triple_row
 from polar_ray.triples import Row
 
 REFERENCE_FIELDS = ("reference", "label", "expected_answer", "ground_truth", "reference_answer")
@@ -19,6 +19,11 @@ GRADER_ERRORS = (
     "sample_parse_error", "truncated_observation_error", "unresponsive_reward_error",
 )  # fmt: skip
 """Flags of the contract. A reply with a reward has none of them but the one for what limits cut."""
+
+GRADER_ERROR_DETAILS = (
+    "model_grader_server_error_details", "python_grader_runtime_error_details", "python_grader_server_error_type",
+)  # fmt: skip
+"""Texts that go with some of the flags."""
 
 VERIFY_EXAMPLE = {
     "responses_create_params": {"input": [{"role": "user", "content": "2 + 2 = ?"}]},
@@ -36,6 +41,7 @@ GRADER_EXAMPLE = {
 
 def read_verify(body: dict[str, Json], query: Query) -> list[Row]:
     """The prompt is the request's input, the output the response's text, the reference a field beside them."""
+    check_can_be_echoed(body, "the request")
     params = need(body, "responses_create_params", "it holds the prompt as input")
     response = need(body, "response", "it holds the output")
     if not isinstance(params, dict) or not isinstance(response, dict):
@@ -54,6 +60,7 @@ def write_verify(body: dict[str, Json], answer: Answer) -> Json:
 
 def read_grader(body: dict[str, Json], query: Query) -> list[Row]:
     """`item` holds prompt and reference, `model_sample` is the output."""
+    check_can_be_echoed(body.get("grader"), "grader")
     item = need(body, "item", "it holds prompt and reference")
     if not isinstance(item, dict):
         raise RequestInvalid("item: expected an object with prompt and reference")
@@ -66,15 +73,15 @@ def write_grader(body: dict[str, Json], answer: Answer) -> Json:
     grader = body.get("grader")
     named = grader if isinstance(grader, dict) else {}
     (row,) = answer.scored
-    errors: dict[str, Json] = dict.fromkeys(GRADER_ERRORS, False)
-    errors |= {"truncated_observation_error": row.cut_tokens > 0}
+    errors: dict[str, Json] = {**dict.fromkeys(GRADER_ERRORS, False), **dict.fromkeys(GRADER_ERROR_DETAILS)}
+    errors["truncated_observation_error"] = row.cut_tokens > 0
     return {
         "reward": answer.rewards[0],
         "sub_rewards": {},
         "metadata": {
             "name": str(named.get("name", "polar")),
             "type": str(named.get("type", "score_model")),
-            "errors": {**errors, "model_grader_server_error_type": None, "python_grader_runtime_error_details": None},
+            "errors": errors,
             "execution_time": answer.seconds,
             "scores": {"polar": answer.rewards[0]},
             "sampled_model_name": None,

@@ -6,8 +6,8 @@ thinking). The reference is what each of them calls a label.
 
 from __future__ import annotations
 
-from polar_ray.errors import RequestInvalid
-from polar_ray.policy_text import output_of, plain_prompt
+from polar_ray.errors import RequestInvalid, TripleError
+from polar_ray.policy_text import output_of, own_text, plain_prompt
 from polar_ray.serving.dialects import sglang
 from polar_ray.serving.dialects.base import Answer, Dialect, Json
 from polar_ray.serving.dialects.fields import Query, first_of, need, rendered_rows, strings, triple_row
@@ -34,10 +34,16 @@ def read_openrlhf(body: dict[str, Json], query: Query) -> list[Row]:
     labels = labels if isinstance(labels, list) else [labels]
     if not len(queries) == len(prompts) == len(labels):
         raise RequestInvalid("query, prompts and labels must have as many entries each")
-    return [
-        triple_row(plain_prompt(prompt), label, output_of(text, prompt), query)
-        for text, prompt, label in zip(queries, prompts, labels, strict=True)
-    ]
+    samples = zip(queries, prompts, labels, strict=True)
+    return [_openrlhf_row(text, prompt, label, query) for text, prompt, label in samples]
+
+
+def _openrlhf_row(text: str, prompt: str, label: Json, query: Query) -> Row:
+    try:
+        output = output_of(text, prompt)
+    except TripleError as error:
+        return error
+    return triple_row(plain_prompt(prompt), label, output, query)
 
 
 def write_openrlhf(body: dict[str, Json], answer: Answer) -> Json:
@@ -49,9 +55,13 @@ def write_openrlhf(body: dict[str, Json], answer: Answer) -> Json:
 
 
 def read_slime(body: dict[str, Json], query: Query) -> list[Row]:
-    """One sample: `prompt` (a string or messages), `response`, `label`."""
+    """One sample: `prompt` (messages, or a string that may be templated), `response`, `label`."""
     prompt, response = (need(body, name, "a sample has prompt, response and label") for name in ("prompt", "response"))
-    return [triple_row(prompt, need(body, "label", LABEL_REMEDY), response, query)]
+    label = need(body, "label", LABEL_REMEDY)
+    if isinstance(prompt, str):
+        response = own_text(response, prompt) if isinstance(response, str) else response
+        prompt = plain_prompt(prompt)
+    return [triple_row(prompt, label, response, query)]
 
 
 def write_slime(body: dict[str, Json], answer: Answer) -> Json:

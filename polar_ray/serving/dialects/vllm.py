@@ -24,6 +24,9 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 """Fields that do not change a reward here; `task` and `activation` are of older versions."""
 
+REWARD_TASKS = (None, "classify", "token_classify", "reward", "score")
+"""What vLLM calls them, over its versions."""
+
 PAIRS = (("text_1", "text_2"), ("queries", "documents"), ("data_1", "data_2"), ("queries", "items"))
 """How `/score` names the two sides, over its versions."""
 
@@ -43,13 +46,16 @@ def _refuse_what_would_matter(body: dict[str, Json], known: set[str]) -> None:
     for name in ("truncate_prompt_tokens", "dimensions"):
         if body.get(name) is not None:
             raise RequestInvalid(f"{name}: would give another number than POLAR's reward; leave it out")
-    strays = sorted(set(body) - known - {"encoding_format", "truncate_prompt_tokens", "dimensions", "truncation_side"})
+    if body.get("task") not in REWARD_TASKS:
+        raise RequestInvalid(f"task: only rewards are given here; leave it out, or send one of {REWARD_TASKS[1:]}")
+    given = {name for name, value in body.items() if value is not None}
+    strays = sorted(given - known - {"encoding_format", "truncation_side"})
     if strays:
-        raise RequestInvalid(f"{strays[0][:40]}: not known here; leave it out")
+        raise RequestInvalid(f"{strays[0][:40]!r}: not known here; leave it out")
 
 
 def _activate(body: dict[str, Json], rewards: list[float]) -> list[float]:
-    asked = body.get("use_activation", body.get("activation"))
+    asked = body["use_activation"] if body.get("use_activation") is not None else body.get("activation")
     if asked not in (None, True, False):
         raise RequestInvalid("use_activation: expected true, false or null")
     return [sigmoid(reward) for reward in rewards] if asked else rewards

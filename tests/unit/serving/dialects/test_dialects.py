@@ -7,6 +7,7 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.responses import JSONResponse
 
 from polar_ray import Scorer, Triple
 from polar_ray.config import EngineConfig
@@ -15,6 +16,7 @@ from polar_ray.serving.dialects import DIALECTS
 from polar_ray.serving.dialects.base import Answer
 from polar_ray.serving.dialects.openai import GRADER_ERRORS
 from polar_ray.triples import Rendered, Scored, TokenIds
+from polar_ray.wire import error_reply
 from tests.support.endpoint import api_client, serve_config
 
 BY_PATH = {path: dialect for dialect in DIALECTS for path in dialect.paths}
@@ -98,6 +100,13 @@ def test_one_text_is_answered_with_a_list_and_ids_that_stand_alone_with_an_objec
     assert write("/classify", {"input_ids": [1, 2]}, 1.5)["meta_info"]["prompt_tokens"] == 7
 
 
+def test_null_says_nothing():
+    fields = ("truncate_prompt_tokens", "dimensions", "encoding_format", "padding", "a_later_field")
+    assert read("/pooling", {"input": TEXT, **dict.fromkeys(fields)}) == [Rendered(TEXT)]
+    reply = write("/pooling", {"input": TEXT, "use_activation": None, "activation": True}, 0.0)
+    assert reply["data"][0]["data"] == [[0.5]]
+
+
 @pytest.mark.parametrize("asked", [{}, {"use_activation": None}, {"use_activation": False}, {"activation": False}])
 def test_rewards_are_raw_unless_an_activation_is_asked_for(asked):
     body = {"input": TEXT, **asked}
@@ -141,6 +150,18 @@ def test_openrlhf_sends_the_policys_own_markup():
     assert read("/get_reward", body, PLAIN)[0].output == "<think>two and\ntwo</think>\n\n4"
     logs = write("/get_reward", body, 1.0, 2.0)["extra_logs"]
     assert all(isinstance(value, float) for values in logs.values() for value in values)
+
+
+def test_a_query_that_does_not_begin_with_its_prompt_is_not_scored():
+    body = {"query": ["rest of the prompt and answer"], "prompts": ["all the rest of the prompt"], "labels": ["R"]}
+    (row,) = read("/get_reward", body)
+    assert isinstance(row, TripleError)
+    assert "the prompt was cut" in str(row)
+
+
+def test_slime_sends_its_prompt_templated():
+    body = {"prompt": "<|im_start|>user\nP<|im_end|>\n<|im_start|>assistant\n<think>\n", "label": "R"}
+    assert read("/slime", {**body, "response": "hm\n</think>\n\nO<|im_end|>"}) == [Triple("P", "R", "O")]
 
 
 def test_slime_sends_strings_or_messages():
@@ -188,7 +209,8 @@ REFUSED = [
     ("/pooling", {"input": TEXT, "dimensions": 1}, "another number"),
     ("/pooling", {"input": TEXT, "encoding_format": "base64"}, "send float"),
     ("/pooling", {"input": TEXT, "use_activation": "yes"}, "true, false or null"),
-    ("/pooling", {"input": TEXT, "messages": []}, "messages: not known here"),
+    ("/pooling", {"input": TEXT, "messages": []}, "'messages': not known here"),
+    ("/pooling", {"input": TEXT, "task": "embed"}, "only rewards are given here"),
     ("/pooling", {"input": [[True]]}, "a text"),
     ("/score", {"queries": "P", "documents": ["a"]}, "send reference beside it"),
     ("/score", {"queries": ["P", "Q"], "documents": ["a"], "reference": "R"}, "as many as documents"),
@@ -217,9 +239,12 @@ def test_a_bad_sample_is_an_error_in_its_place():
     assert isinstance(row, TripleError)
 
 
+any_text = st.text(st.characters(exclude_categories=()), max_size=5)
+"""Lone surrogates are among them: JSON's escapes can spell them."""
+
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
-    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3),
+    st.none() | st.booleans() | st.integers() | st.floats() | any_text,
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(any_text, children, max_size=3),
     max_leaves=8,
 )
 
@@ -234,13 +259,15 @@ def test_no_json_object_is_answered_with_a_bug(path, data):
     while isinstance(target[key], dict) and target[key] and data.draw(st.booleans()):
         target = target[key]
         key = data.draw(st.sampled_from(sorted(target)))
-    target[key] = data.draw(json_values)
+    target[data.draw(st.just(key) | any_text)] = data.draw(json_values)
     try:
         rows = read(path, body)
-    except RequestInvalid:
+    except RequestInvalid as error:
+        error_reply(error).model_dump_json()
         return
-    assert isinstance(rows, list)
-    json.dumps(BY_PATH[path].write(body, answer(*[1.0] * max(1, len(rows)))) if len(rows) == 1 else None)
+    assert all(isinstance(row, Triple | Rendered | TokenIds | TripleError) for row in rows)
+    if not any(isinstance(row, TripleError) for row in rows):
+        JSONResponse(BY_PATH[path].write(body, answer(*[1.0] * len(rows))))
 
 
 @pytest.mark.parametrize("path", BY_PATH)
@@ -270,6 +297,31 @@ def numbers_in(value):
     if isinstance(value, list):
         return [number for item in value for number in numbers_in(item)]
     return [value] if isinstance(value, float) else []
+
+
+HOSTILE = [
+    ("/pooling", b'{"input": "x", "\\ud800": 1}'),
+    ("/pooling", b'{"input": [1, 99999999999999999999999]}'),
+    ("/classify", b'{"input_ids": [-99999999999999999999999]}'),
+    ("/v1/rewards", b'{"ids": [[99999999999999999999999]]}'),
+    ("/verify", json.dumps({**BY_PATH["/verify"].example, "more": "\ud800"}).encode()),
+    ("/verify", json.dumps({**BY_PATH["/verify"].example, "more": math.nan}).encode()),
+    ("/v1/fine_tuning/alpha/graders/run", b'{"grader": {"name": "\\ud800"}, "model_sample": "O", "item": {}}'),
+    ("/slime", b'{"prompt": "P", "response": "\\ud800", "label": "R"}'),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), HOSTILE)
+def test_what_json_lets_in_and_not_out_is_the_callers_fault(path, body):
+    async def test():
+        async with api_client(serve_config()) as (client, _):
+            return await client.post(path, content=body)
+
+    response = asyncio.run(test())
+    codes = {"request_invalid", "triple_invalid", "row_unreadable"}
+    found = {row["status"] for row in response.json().get("rewards", ())} or {response.json()["error"]["code"]}
+    assert response.status_code in (200, 400, 422)
+    assert found <= codes
 
 
 def test_a_failed_row_fails_the_call_with_its_own_error():
