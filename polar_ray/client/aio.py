@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from polar_ray.client.address import base_url, shown
 from polar_ray.client.parts import Part, fault_of, split_ids, split_triples
 from polar_ray.client.progress import row_progress
-from polar_ray.client.retry import ConnectionLost, retrying
+from polar_ray.client.retry import CONNECTION_LOST, retrying
 from polar_ray.config import endpoint_token
 from polar_ray.errors import (
     ConfigError,
@@ -230,7 +230,8 @@ class AsyncRewardClient:
                 raise ConfigError(f"the certificate of {where} is not trusted; name its CA's file as verify") from None
             raise Unavailable(f"nobody answers at {where}; is the endpoint up?") from None
         except httpx.RequestError as error:
-            raise ConnectionLost(f"the connection to {where} broke ({type(error).__name__})") from None
+            message = f"the connection to {where} broke ({type(error).__name__})"
+            raise Unavailable(message, **{CONNECTION_LOST: True}) from None
 
 
 def reward_of(place: int, row: Scored) -> float:

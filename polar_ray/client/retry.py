@@ -7,7 +7,7 @@ import time
 
 from tenacity import AsyncRetrying, RetryCallState
 
-from polar_ray.errors import DeadlineExceeded, PolarRayError, Unavailable
+from polar_ray.errors import DeadlineExceeded, PolarRayError
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 10.0
 """Of the exponential back-off, where the endpoint does not say."""
@@ -16,8 +16,8 @@ MOST_LOST_CONNECTIONS = 3
 """A request whose connection broke may hold a row that kills its process; a fleet must not be taken down one by one."""
 
 
-class ConnectionLost(Unavailable):
-    """The connection broke after the request was sent: the endpoint may have died of it."""
+CONNECTION_LOST = "connection_lost"
+"""Detail of an `Unavailable`: the connection broke after the request was sent, and the endpoint may have died of it."""
 
 
 def retrying(deadline: float) -> AsyncRetrying:
@@ -51,5 +51,6 @@ class _Stop:
         self._lost = 0
 
     def __call__(self, state: RetryCallState) -> bool:
-        self._lost += isinstance(_error_of(state), ConnectionLost)
+        error = _error_of(state)
+        self._lost += isinstance(error, PolarRayError) and CONNECTION_LOST in error.details
         return self._lost >= MOST_LOST_CONNECTIONS or time.monotonic() + state.upcoming_sleep >= self._deadline
