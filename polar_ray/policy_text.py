@@ -114,7 +114,8 @@ def _contents(prompt: str) -> list[str] | None:
 
 
 def _headed_turns(text: str, markup: Markup) -> list[str] | None:
-    contents, at = [], 0
+    contents: list[str] = []
+    at = 0
     while at < len(text):
         role = at + len(markup.head)
         head_end = text.find(markup.after_role, role, role + LONGEST_ROLE + len(markup.after_role))
