@@ -46,7 +46,7 @@ class Sample:
     tokens: int = 0
     computed_tokens: int = 0
     road_cpu_s: float = 0.0
-    """CPU seconds of the endpoint's processes; on the Scorer's road, of this process."""
+    """CPU seconds of the endpoint's processes beyond what they take at rest; on the Scorer's road, of this process."""
 
     callers_cpu_s: float = 0.0
     """CPU seconds of this process while it called."""
@@ -95,12 +95,24 @@ def score_turn(scorer: Scorer, requests: Sequence[Request], load: Load, seconds:
     return sample
 
 
-def call_turn(endpoint: Endpoint, requests: Sequence[Request], load: Load, seconds: float, tolerance: float) -> Sample:
+def call_turn(
+    endpoint: Endpoint,
+    requests: Sequence[Request],
+    load: Load,
+    seconds: float,
+    *,
+    tolerance: float,
+    idle_cpu: float = 0.0,
+) -> Sample:
     """Every caller sends its next request as soon as it has the last reply, for `seconds` or one request.
+
+    `idle_cpu` are the CPU seconds that the endpoint takes in a second at rest.
 
     Raises `EngineProtocolError` for a reward that is not the expected one, or what the endpoint answers with.
     """
-    return asyncio.run(_call_together(endpoint, requests, load, seconds, tolerance))
+    sample = asyncio.run(_call_together(endpoint, requests, load, seconds, tolerance))
+    sample.road_cpu_s -= idle_cpu * sample.seconds
+    return sample
 
 
 async def _call_together(

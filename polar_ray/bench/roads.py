@@ -104,6 +104,7 @@ ROADS: dict[str, Callable[[ServeConfig], AbstractContextManager[Endpoint]]] = {
 
 
 def _serve_bare(config: ServeConfig) -> None:
+    os.setsid()  # as the other roads: Linux shares a busy machine out by session
     uvicorn.run(
         partial(_build_bare, config),
         factory=True,

@@ -1,7 +1,8 @@
 """An endpoint beside the in-process `Scorer` it is made of: what each road from a caller to the engine costs.
 
-All roads stand for the whole run and take turns, load by load, so that other work on the machine meets them alike; the
-medians of all rounds are what is compared. Callers are coroutines of this process with one kept-alive connection each
+All roads stand for the whole run and take turns, load by load, so that other work on the machine meets them alike.
+Rates are medians of the rounds; on a busy machine trust the CPU seconds, which are of all rounds together and leave out
+what a cluster takes at rest. Callers are coroutines of this process with one kept-alive connection each
 (plain httpx, bodies made beforehand), so they share no interpreter with a replica, but do share the machine. Every
 reward of every reply is compared with the Scorer's, and a wrong one ends the run, as any error does.
 """
@@ -10,7 +11,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -31,7 +33,7 @@ REFERENCE = "proxy"
 
 GROUP_SIZE = 4
 
-ROWS_IN_FLIGHT = {"fake": 2048, "torch": 128}
+ROWS_IN_FLIGHT = {"fake": 1024, "torch": 64}
 """Callers times rows that a load may have: beyond, a round would take minutes."""
 
 TOLERANCE = {"fake": 0.0, "torch": 1e-4}
@@ -39,6 +41,9 @@ TOLERANCE = {"fake": 0.0, "torch": 1e-4}
 
 MOST_QUEUED_TOKENS = 100_000_000
 """Of a measured endpoint: its callers wait for each other, so none needs to be refused."""
+
+WARM_UP_S, REST_S = 0.3, 3.0
+"""Of each road before its first turn; and of all together after it, to see what they take at rest."""
 
 METHOD = {
     "dtype": "float32",
@@ -71,7 +76,7 @@ class Result:
     p50_ms: float
     p99_ms: float
     computed_tokens_per_row: float
-    road_cpu_ms_per_row: float
+    road_cpu_us_per_row: float
     overhead_us_per_row: float = 0.0
     """Time of a row on this road less its time in the Scorer."""
 
@@ -79,8 +84,11 @@ class Result:
     overhead_percent: float = 0.0
     """Of the Scorer's time. Negative where an endpoint gains more by encoding one request while it computes another."""
 
-    cpu_over_scorer: float = 0.0
-    """CPU seconds of a row on this road, in the Scorer's. A cluster's own idle work is in them."""
+    cpu_overhead_us_per_row: float = 0.0
+    """CPU time of a row on this road less that in the Scorer; the callers' own is not in it."""
+
+    cpu_overhead_ms_per_request: float = 0.0
+    cpu_overhead_percent: float = 0.0
 
     speed_over_proxy: float | None = None
     """None where the default proxy was left out."""
@@ -92,6 +100,9 @@ class Comparison:
 
     engine: str
     results: list[Result]
+    idle_cpu: dict[str, float]
+    """CPU seconds in a second that a road takes at rest."""
+
     left_out: dict[str, str]
     """Roads that could not be built here, and why."""
 
@@ -133,20 +144,25 @@ def bench_serve(
         triples = random_triples(math.ceil(n_rows / GROUP_SIZE), GROUP_SIZE, seed=seed)
         expected = rewards_of(scorer, triples)
         endpoints, left_out = _build(config, roads, stack)
+        warm_up = list(make_requests(triples, expected, Load(1, min(load.rows for load in loads))))
+        for endpoint in endpoints.values():
+            call_turn(endpoint, warm_up, Load(1, 1), WARM_UP_S, tolerance=TOLERANCE[kind])
+        idle = _idle_cpu(endpoints)
         results = []
         for load in loads:
             requests = list(make_requests(triples, expected, load))
             samples: dict[str, list[Sample]] = {road: [] for road in (SCORER, *endpoints)}
             for turn in range(rounds):
                 for road in _in_turn(list(samples), turn):
-                    sample = (
-                        score_turn(scorer, requests, load, seconds)
-                        if road == SCORER
-                        else call_turn(endpoints[road], requests, load, seconds, TOLERANCE[kind])
-                    )
+                    if road == SCORER:
+                        sample = score_turn(scorer, requests, load, seconds)
+                    else:
+                        sample = call_turn(
+                            endpoints[road], requests, load, seconds, tolerance=TOLERANCE[kind], idle_cpu=idle[road]
+                        )
                     samples[road].append(sample)
             results += compare({road: summarise(road, load, taken) for road, taken in samples.items()})
-    return Comparison(kind, results, left_out)
+    return Comparison(kind, results, idle, left_out)
 
 
 def summarise(road: str, load: Load, samples: Sequence[Sample]) -> Result:
@@ -171,8 +187,7 @@ def summarise(road: str, load: Load, samples: Sequence[Sample]) -> Result:
         p50_ms=float(np.percentile(latencies_ms, 50)),
         p99_ms=float(np.percentile(latencies_ms, 99)),
         computed_tokens_per_row=computed / n_rows,
-        road_cpu_ms_per_row=1000
-        * statistics.median(sample.road_cpu_s / (sample.requests * load.rows) for sample in samples),
+        road_cpu_us_per_row=1e6 * sum(sample.road_cpu_s for sample in samples) / n_rows,
     )
 
 
@@ -183,7 +198,9 @@ def compare(results: dict[str, Result]) -> list[Result]:
         result.overhead_us_per_row = 1e6 * (1 / result.rows_per_s - 1 / floor.rows_per_s)
         result.overhead_ms_per_request = result.overhead_us_per_row * result.rows_per_request / 1000
         result.overhead_percent = 100 * (floor.rows_per_s / result.rows_per_s - 1)
-        result.cpu_over_scorer = result.road_cpu_ms_per_row / floor.road_cpu_ms_per_row
+        result.cpu_overhead_us_per_row = result.road_cpu_us_per_row - floor.road_cpu_us_per_row
+        result.cpu_overhead_ms_per_request = result.cpu_overhead_us_per_row * result.rows_per_request / 1000
+        result.cpu_overhead_percent = 100 * result.cpu_overhead_us_per_row / floor.road_cpu_us_per_row
         if REFERENCE in results:
             result.speed_over_proxy = result.rows_per_s / results[REFERENCE].rows_per_s
     return list(results.values())
@@ -200,6 +217,12 @@ def _build(config: ServeConfig, roads: Sequence[str], stack: ExitStack) -> tuple
                 raise
             left_out[road] = str(error)
     return endpoints, left_out
+
+
+def _idle_cpu(endpoints: Mapping[str, Endpoint]) -> dict[str, float]:
+    before = {road: endpoint.cpu_s() for road, endpoint in endpoints.items()}
+    time.sleep(REST_S)
+    return {road: (endpoint.cpu_s() - before[road]) / REST_S for road, endpoint in endpoints.items()}
 
 
 def _in_turn(roads: list[str], turn: int) -> list[str]:

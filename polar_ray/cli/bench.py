@@ -114,7 +114,7 @@ def serve(
         list[int] | None, typer.Option(min=1, help="Of a request. Repeatable; left out, 1, 4, 64, 512.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each road under each load.")] = 3,
-    seconds: Annotated[float, typer.Option("--seconds-per-load", min=0.01, help="Of one turn, at least.")] = 0.5,
+    seconds: Annotated[float, typer.Option("--seconds-per-load", min=0.01, help="Of one turn, at least.")] = 0.3,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of an engine, on every road.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the words.")] = 0,
     output: Annotated[
@@ -202,8 +202,8 @@ def _table(result: DtypeResult) -> Table:
 
 def _serve_table(compared: Comparison) -> Table:
     title = (
-        f"{compared.engine} engine. x CPU: of the Scorer's; us/row, ms/req, over: time beyond the Scorer's, and in "
-        "percent of it"
+        f"{compared.engine} engine. wall: time beyond the Scorer's, in percent; + us, + ms, +: CPU time beyond the "
+        "Scorer's\nper row, per request and in percent, idle clusters left out"
     )
     table = Table(title=title, title_justify="left", title_style="bold", padding=(0, 1, 0, 0), box=None)
     for name in ("callers", "rows"):
@@ -240,22 +240,23 @@ def _load_cells(row: Result, is_first: bool) -> list[str]:
 def _road_cells(row: Result) -> list[str]:
     from polar_ray.bench.serve import SCORER
 
-    own = [
+    measured = [
         row.road,
         f"{row.requests_per_s:,.4g}",
-        f"{row.rows_per_s:,.0f}",
+        f"{row.rows_per_s:,.4g}",
         "" if row.speed_over_proxy is None else f"{row.speed_over_proxy:.2f}",
         f"{row.p50_ms:,.1f}",
         f"{row.p99_ms:,.1f}",
-        f"{row.road_cpu_ms_per_row:.2f}",
-        f"{row.cpu_over_scorer:.1f}",
-        f"{row.computed_tokens_per_row:.0f}",
     ]
+    cpu, work = f"{row.road_cpu_us_per_row:,.0f}", f"{row.computed_tokens_per_row:.0f}"
     if row.road == SCORER:
-        return [*own, "", "", ""]
+        return [*measured, "", cpu, "", "", "", work]
     return [
-        *own,
-        f"{row.overhead_us_per_row:,.0f}",
-        f"{row.overhead_ms_per_request:,.1f}",
+        *measured,
         f"{row.overhead_percent:,.0f}%",
+        cpu,
+        f"{row.cpu_overhead_us_per_row:,.0f}",
+        f"{row.cpu_overhead_ms_per_request:,.1f}",
+        f"{row.cpu_overhead_percent:,.0f}%",
+        work,
     ]
