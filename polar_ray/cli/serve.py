@@ -79,7 +79,10 @@ def serve(
         auth__tokens_file=tokens_file,
     )
     notes = Console(stderr=True)
-    with _stop_signals() as stopped, running(settings, notes) as described:
+    with (
+        running(settings, notes) as described,
+        _stop_signals() as stopped,
+    ):  # in this order: Ray takes SIGTERM for itself
         _show(settings, described)
         stopped.wait()
         notes.print("finishing what was accepted ...", highlight=False)
@@ -103,6 +106,7 @@ def running(settings: ServeConfig, notes: Console) -> Iterator[ModelReply]:
 
             logging.getLogger("ray.serve").setLevel(logging.ERROR)
             stack.enter_context(ray_cluster(OBJECT_STORE_BYTES))
+            stack.enter_context(_sigterm_as_ctrl_c())
             stage.update("checking the model")
             application = build_application(settings)
             stage.update("starting the proxy")
@@ -197,6 +201,16 @@ def _local_url(settings: ServeConfig) -> str:
     """How this machine reaches the endpoint."""
     host = "127.0.0.1" if settings.http.host in ("0.0.0.0", "::") else settings.http.host
     return f"http://{f'[{host}]' if ':' in host else host}:{settings.http.port}"
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """While an endpoint comes up. Ray's own handler, which `ray.init` puts in place, aborts the process."""
+    kept = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if kept is None else kept)
 
 
 @contextmanager

@@ -1,0 +1,95 @@
+"""A replica that can give no more rewards is replaced; one that cannot start says why."""
+
+import asyncio
+import os
+from functools import partial
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from polar_ray.config import ServeConfig
+from polar_ray.engines.fake import FakeEngine
+from polar_ray.errors import EngineError, EngineUnavailable
+from polar_ray.planning import Batch
+from polar_ray.serving.service import Model
+from tests.serve.caller import LEAKS
+from tests.serve.conftest import groups
+from tests.support.endpoint import model_of
+
+pytestmark = pytest.mark.ray
+
+TOKENS = ("first-token-of-callers", "second-token-of-callers")
+
+
+class BreakableEngine(FakeEngine):
+    """Fails at everything from the moment that `broken`, a file, names this process."""
+
+    def __init__(self, broken: Path) -> None:
+        super().__init__()
+        self._broken = broken
+
+    def score(self, batch: Batch) -> np.ndarray:
+        if self._broken.exists() and self._broken.read_text() == str(os.getpid()):
+            raise EngineError("a kernel failed")
+        return super().score(batch)
+
+
+def breakable_model(config: ServeConfig, broken: Path) -> Model:
+    return model_of(BreakableEngine(broken), config)
+
+
+def test_a_replica_whose_engine_breaks_is_replaced(deploy, truth, tmp_path):
+    broken = tmp_path / "broken"
+    endpoint = deploy(load_model=partial(breakable_model, broken=broken))
+    (first,) = endpoint.replicas()
+    broken.write_text(str(first))
+    triples = groups(2, 2)
+
+    async def ask(tried):
+        async with endpoint.client() as client:
+            return await tried(client, triples)
+
+    with pytest.raises(EngineUnavailable):
+        asyncio.run(ask(endpoint.ask))
+    refused = httpx.get(f"{endpoint.url}/healthz")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
+    assert asyncio.run(ask(endpoint.score)) == truth(triples)
+    assert first not in endpoint.replicas()
+    endpoint.check_errors()
+
+
+def test_tokens_are_wanted_through_the_proxy_and_can_be_rotated(deploy, tmp_path):
+    file = tmp_path / "tokens"
+    file.write_text(f"# two callers\n{TOKENS[0]}\n")
+    endpoint = deploy(replicas=2, auth={"tokens_file": str(file)})
+
+    def ask(token=None, path="/v1/models"):
+        headers = {"authorization": f"Bearer {token}"} if token else {}
+        replies = [httpx.get(f"{endpoint.url}{path}", headers=headers) for _ in range(6)]
+        assert not [reply for reply in replies if reply.status_code != 200 and LEAKS.search(reply.content)]
+        (status,) = {reply.status_code for reply in replies}
+        return status
+
+    assert [ask(), ask(TOKENS[1]), ask(TOKENS[0])] == [401, 401, 200]
+    assert [ask(path="/metrics"), ask(TOKENS[0], path="/metrics"), ask(path="/healthz")] == [401, 200, 200]
+    file.write_text("\n".join(TOKENS))
+    assert [ask(TOKENS[0]), ask(TOKENS[1])] == [200, 200]
+    file.write_text(f"{TOKENS[1]}\n")
+    assert [ask(TOKENS[0]), ask(TOKENS[1])] == [401, 200]
+
+
+def test_where_tokens_are_required_and_missing_nothing_comes_up(cluster, tmp_path):
+    from ray import serve
+
+    from polar_ray.serving.app import build_application
+    from tests.support.endpoint import fake_model, serve_config
+
+    config = serve_config(replica_cpus=0.1, auth={"mode": "required"})
+    application = build_application(config, fake_model)
+    with pytest.raises(RuntimeError):
+        serve.run(application, name="closed", route_prefix="/closed")
+    said = "".join(deployment.message for deployment in serve.status().applications["closed"].deployments.values())
+    assert "ConfigError: auth.mode = 'required' and there are no tokens" in said
+    serve.delete("closed")
