@@ -46,6 +46,14 @@ def logging_stand_in(name: str) -> types.ModuleType:
 
 
 @pytest.fixture(scope="session")
+def clients():
+    """The folder of other projects' packages, importable, after everything of our own environment."""
+    sys.path.append(str(CLIENTS))
+    yield CLIENTS
+    sys.path.remove(str(CLIENTS))
+
+
+@pytest.fixture(scope="session")
 def endpoint():
     """The real API over the torch engine; responses cut left, as xtuner's client does by default."""
     config = serve_config(engine={"kind": "torch", "device": "cpu", "dtype": "float32"}, limits={"cut_side": "left"})
