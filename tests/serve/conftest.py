@@ -3,8 +3,9 @@
 import itertools
 import logging
 import os
+import random
 import socket
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import pytest
@@ -90,8 +91,11 @@ def redeploy(endpoint, *, seconds_per_token=0.0, load_model=None, **settings):
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    """Below the ports that systems hand out and above those of Ray's workers: nobody takes it before it is bound."""
+    for port in random.sample(range(20000, 30000), 100):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("a hundred ports, and none is free")
 
 
 @pytest.fixture(scope="session")
