@@ -82,10 +82,22 @@ class EngineConfig(Settings):
     """CPU threads of one engine. Left out: the CPUs its actor was given."""
 
     address: str | None = None
-    """Of `serve`: the endpoint, as host:port or a URL. Left out: POLAR_RAY_ADDRESS."""
+    """Of `serve`: the endpoint, as host:port or a URL. Left out: POLAR_RAY_ADDRESS. A token comes from POLAR_RAY_TOKEN,
+    which must be set where actors run."""
+
+    expect_receipt: str | None = None
+    """Of `serve`: the endpoint's `receipt_id`; another is refused. Left out: the one it has when the job begins."""
 
     max_in_flight: int = Field(4, ge=1)
     """Of `serve`: requests of one actor that are under way at a time."""
+
+    @model_validator(mode="after")
+    def _address_is_of_an_endpoint(self) -> Self:
+        if self.kind != "serve" and (self.address is not None or self.expect_receipt is not None):
+            raise ValueError("engine.address and engine.expect_receipt are for engine.kind = serve")
+        if self.address is not None and "@" in self.address:
+            raise ValueError("engine.address: has a name or a token in it; put the token into POLAR_RAY_TOKEN")
+        return self
 
     @property
     def gpus(self) -> int:
@@ -149,8 +161,8 @@ class ScoreConfig(Settings):
     columns: ColumnsConfig = ColumnsConfig()
 
     actors: int | str = "auto"
-    """Engines working in parallel: a number, or `MIN:MAX` to grow with the cluster. `auto`: one per GPU set, or on
-    CPUs one per eight cores."""
+    """Engines working in parallel: a number, or `MIN:MAX` to grow with the cluster. `auto`: one per GPU set, on CPUs
+    one per eight cores, and one to ask a running endpoint."""
 
     unit_rows: int = Field(4096, ge=1)
     """Rows of one unit, the atom of progress: what a crash repeats, and the rows of one output file at most. A job that

@@ -12,6 +12,7 @@ that is wrong as a whole is answered with an error.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
@@ -36,6 +37,9 @@ ARROW_MEDIA_TYPE = "application/vnd.apache.arrow.stream"
 
 ARROW_REPLY_KEY = b"polar_ray.reply"
 """Schema metadata of an Arrow reply: the `RewardsReply` as JSON, without its rows."""
+
+CONNECTION_LOST = "connection_lost"
+"""Detail of an `Unavailable`: the request was sent and no answer came; the endpoint may have died of it."""
 
 RECEIPT_HEADER = "X-Polar-Receipt"
 """On every reply with rewards, for dialects that have no field for it."""
@@ -285,17 +289,22 @@ def read_error(status: int, body: bytes, headers: Mapping[str, str]) -> PolarRay
 
 
 def _by_status(status: int, retry_after: float | None) -> PolarRayError:
+    """A proxy's 500 or 502 can mean that a replica died of the request, as a lost connection can."""
     kinds = {kind.http_status: kind for kind in error_kinds().values() if ServingError in kind.__bases__}
     kind = kinds.get(status, Unavailable if status >= 500 else RequestInvalid)
-    details = {} if retry_after is None else {"retry_after_s": retry_after}
+    details: dict[str, float | bool] = {} if retry_after is None else {"retry_after_s": retry_after}
+    if status in (500, 502):
+        details[CONNECTION_LOST] = True
     return kind(f"HTTP {status}, from something that is not polar_ray, or is not up", **details)
 
 
 def _number(text: str | None) -> float | None:
+    """Seconds of a Retry-After header; None for a date, or for what no wait can be."""
     try:
-        return None if text is None else float(text)
+        seconds = float(text or "")
     except ValueError:
         return None
+    return seconds if math.isfinite(seconds) and seconds >= 0 else None
 
 
 def _attempt_triple(row: Mapping[str, Any]) -> Triple | TripleError:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import ssl
+
 import httpx
 
 from polar_ray.config import endpoint_address
@@ -20,11 +23,13 @@ def base_url(address: str | None) -> httpx.URL:
     if not given:
         raise ConfigError(f"no address of an endpoint; {FORMS}, or set POLAR_RAY_ADDRESS")
     try:
-        url = httpx.URL(given if "://" in given else f"http://{given}")
+        url = httpx.URL(given.strip() if "://" in given else f"http://{given.strip()}")
     except httpx.InvalidURL:
         raise ConfigError(f"the address is not a URL; {FORMS}") from None
     if url.scheme not in ("http", "https") or not url.host:
         raise ConfigError(f"address {shown(url)!r}; {FORMS}")
+    if url.port is not None and not 0 < url.port < 65536:
+        raise ConfigError(f"address {shown(url)!r}: there is no port {url.port}; {FORMS}")
     if url.query or url.fragment:
         raise ConfigError(f"address {shown(url)!r} has a query or a fragment; {FORMS}")
     return url
@@ -33,3 +38,29 @@ def base_url(address: str | None) -> httpx.URL:
 def shown(url: httpx.URL) -> str:
     """The URL for messages: without credentials."""
     return str(url.copy_with(username=None, password=None))
+
+
+def credentials(url: httpx.URL, token: str | None) -> dict[str, str]:
+    """The header that shows `token`, or else what stands in the address as `NAME:TOKEN@`; none where there is neither.
+
+    Raises `ConfigError` for a token that no header can hold.
+    """
+    if token is None:
+        if not url.password:
+            return {}
+        pair = base64.b64encode(f"{url.username}:{url.password}".encode()).decode()
+        return {"Authorization": f"Basic {pair}"}
+    token = token.strip()
+    if not token.isascii() or not token.isprintable():
+        raise ConfigError("the token has characters that no HTTP header can hold; check POLAR_RAY_TOKEN")
+    return {"Authorization": f"Bearer {token}"}
+
+
+def ssl_context(verify: bool | str) -> bool | ssl.SSLContext:
+    """What httpx checks certificates by; a string names a CA's file. Raises `ConfigError` if it cannot be read."""
+    if isinstance(verify, bool):
+        return verify
+    try:
+        return ssl.create_default_context(cafile=verify)
+    except OSError as error:
+        raise ConfigError(f"verify = {verify!r}: cannot be read as a CA's certificates ({error})") from None

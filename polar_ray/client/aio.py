@@ -13,10 +13,10 @@ from typing import Any, Self
 import httpx
 from pydantic import ValidationError
 
-from polar_ray.client.address import base_url, shown
+from polar_ray.client.address import base_url, credentials, shown, ssl_context
 from polar_ray.client.parts import Part, fault_of, split_ids, split_triples
 from polar_ray.client.progress import row_progress
-from polar_ray.client.retry import CONNECTION_LOST, retrying
+from polar_ray.client.retry import retrying
 from polar_ray.config import endpoint_token
 from polar_ray.errors import (
     ConfigError,
@@ -29,7 +29,16 @@ from polar_ray.errors import (
     error_kinds,
 )
 from polar_ray.triples import STATUS_OK, Scored, Text, TokenIds, Triple, Wrapper
-from polar_ray.wire import MODELS_PATH, REWARDS_PATH, ModelReply, ModelsReply, Priority, RewardsReply, read_error
+from polar_ray.wire import (
+    CONNECTION_LOST,
+    MODELS_PATH,
+    REWARDS_PATH,
+    ModelReply,
+    ModelsReply,
+    Priority,
+    RewardsReply,
+    read_error,
+)
 
 OnRows = Callable[[int], None]
 """Told how many rows came back."""
@@ -70,12 +79,12 @@ class AsyncRewardClient:
         """
         if max_in_flight < 1 or rows_per_request < 1 or deadline_s <= 0:
             raise ConfigError("max_in_flight, rows_per_request and deadline_s must be positive")
-        self._url = base_url(address)
-        token = token or endpoint_token()
+        url = base_url(address)
+        self._url = url.copy_with(username=None, password=None)  # httpx logs the URL of every request
         self._http = httpx.AsyncClient(
             base_url=self._url,
-            headers={"Authorization": f"Bearer {token}"} if token else {},
-            verify=verify,
+            headers=credentials(url, token or endpoint_token()),
+            verify=ssl_context(verify),
             trust_env=False,  # an endpoint is on the cluster's own network, where a proxy for the world has no business
             limits=httpx.Limits(max_connections=max_in_flight, max_keepalive_connections=max_in_flight),
         )
@@ -98,7 +107,8 @@ class AsyncRewardClient:
         """One `Scored` per triple, in order; a row that cannot be scored says why on itself.
 
         Raises the endpoint's error for a call that failed as a whole, `Unavailable` when nobody answers,
-        `DeadlineExceeded` when `deadline_s`, which is for everything, is over.
+        `DeadlineExceeded` when `deadline_s`, which is for everything, is over; if it ends between two tries, what the
+        last one raised.
         """
         given = list(triples)
         refused = {place: error for place, triple in enumerate(given) if (error := fault_of(triple)) is not None}
@@ -134,8 +144,7 @@ class AsyncRewardClient:
 
     async def model(self, *, deadline_s: float | None = None) -> ModelReply:
         """What the endpoint serves: the model, its receipt, its limits."""
-        deadline = time.monotonic() + (deadline_s or self._deadline_s)
-        reply = await self._ask("GET", MODELS_PATH, None, deadline)
+        reply = await self._ask("GET", MODELS_PATH, None, self._deadline(deadline_s))
         try:
             return ModelsReply.model_validate_json(reply.content).data[0]
         except (ValidationError, IndexError):
@@ -153,9 +162,12 @@ class AsyncRewardClient:
     ) -> None:
         await self.aclose()
 
+    def _deadline(self, deadline_s: float | None) -> float:
+        return time.monotonic() + (self._deadline_s if deadline_s is None else deadline_s)
+
     async def _run(self, parts: Iterable[Part], n_rows: int, deadline_s: float | None, on_rows: OnRows) -> list[Scored]:
         """Ask for all parts, some at a time; the first that fails for good ends the call."""
-        deadline = time.monotonic() + (deadline_s or self._deadline_s)
+        deadline = self._deadline(deadline_s)
         scored: list[Scored | None] = [None] * n_rows
         receipts: set[str] = set()
         remaining = iter(parts)
@@ -209,9 +221,9 @@ class AsyncRewardClient:
         if remaining <= 0:
             raise DeadlineExceeded("the deadline of the call is over")
         content = None if body is None else {**body, "deadline_s": min(remaining, LONGEST_DEADLINE_S)}
-        async with self._translated():
+        async with self._translated(), asyncio.timeout(remaining + LATE_REPLY_S):  # httpx's own are for each read
             response = await self._http.request(
-                method, f".{path}", json=content, timeout=httpx.Timeout(remaining + LATE_REPLY_S, connect=remaining)
+                method, f".{path}", json=content, timeout=httpx.Timeout(None, connect=remaining)
             )
         if response.status_code != httpx.codes.OK:
             raise read_error(response.status_code, response.content, response.headers)
@@ -223,7 +235,7 @@ class AsyncRewardClient:
         where = shown(self._url)
         try:
             yield
-        except httpx.ReadTimeout:
+        except TimeoutError:
             raise DeadlineExceeded(f"{where} did not answer within the deadline") from None
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             if "CERTIFICATE_VERIFY_FAILED" in str(error):

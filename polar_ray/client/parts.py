@@ -50,11 +50,26 @@ def split_triples(triples: Sequence[Triple], rows_per_request: int) -> Iterator[
         yield _part(triples, taken)
 
 
+TOKENS_PER_REQUEST = 32768
+"""Of encoded sequences: some engine calls' worth, so that several requests are under way whatever the rows' length."""
+
+
 def split_ids(sequences: Sequence[TokenIds], rows_per_request: int) -> Iterator[Part]:
-    """Requests that hold every sequence once, in order."""
-    for start in range(0, len(sequences), rows_per_request):
-        places = list(range(start, min(start + rows_per_request, len(sequences))))
-        yield Part(places, {"ids": [list(sequences[place].ids) for place in places]})
+    """Requests that hold every sequence once, in order; by rows and by tokens."""
+    places: list[int] = []
+    tokens = 0
+    for place, sequence in enumerate(sequences):
+        if places and (len(places) == rows_per_request or tokens + len(sequence.ids) > TOKENS_PER_REQUEST):
+            yield _ids_part(sequences, places)
+            places, tokens = [], 0
+        places = [*places, place]
+        tokens += len(sequence.ids)
+    if places:
+        yield _ids_part(sequences, places)
+
+
+def _ids_part(sequences: Sequence[TokenIds], places: list[int]) -> Part:
+    return Part(places, {"ids": [list(sequences[place].ids) for place in places]})
 
 
 def _group_key(triple: Triple) -> str:

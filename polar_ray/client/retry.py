@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 
 from tenacity import AsyncRetrying, RetryCallState
 
 from polar_ray.errors import DeadlineExceeded, PolarRayError
+from polar_ray.wire import CONNECTION_LOST
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 10.0
 """Of the exponential back-off, where the endpoint does not say."""
 
 MOST_LOST_CONNECTIONS = 3
 """A request whose connection broke may hold a row that kills its process; a fleet must not be taken down one by one."""
-
-
-CONNECTION_LOST = "connection_lost"
-"""Detail of an `Unavailable`: the connection broke after the request was sent, and the endpoint may have died of it."""
 
 
 def retrying(deadline: float) -> AsyncRetrying:
@@ -38,9 +36,14 @@ def _is_worth_another(state: RetryCallState) -> bool:
 def _wait_s(state: RetryCallState) -> float:
     """Full jitter over a doubling bound; after what the endpoint asked for, never before."""
     error = _error_of(state)
-    asked = float(error.details.get("retry_after_s", 0.0)) if isinstance(error, PolarRayError) else 0.0
+    asked = _seconds(error.details.get("retry_after_s")) if isinstance(error, PolarRayError) else 0.0
     bound = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (state.attempt_number - 1))
     return asked + random.uniform(0.0, bound)
+
+
+def _seconds(given: object) -> float:
+    """A wait that an endpoint asked for; 0 for what is none."""
+    return float(given) if isinstance(given, int | float) and math.isfinite(given) and given > 0 else 0.0
 
 
 class _Stop:

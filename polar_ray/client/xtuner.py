@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from polar_ray.client.sync import RewardClient
-from polar_ray.errors import ConfigError
+from polar_ray.errors import ConfigError, TripleError
 from polar_ray.triples import Triple
 from polar_ray.wire import LimitsReply
 
@@ -49,6 +49,11 @@ class RewardModelClient:
         Raises `TripleError` for a dict that is no triple or cannot be scored, and whatever `RewardClient.rewards` does.
         """
         rows = [data] if isinstance(data, Mapping) else data
+        for place, row in enumerate(rows):
+            if not isinstance(row, Mapping):
+                raise TripleError(
+                    f"row {place}: expected a dict with prompt, reference and output, not a rendered text"
+                )
         return self._client.rewards([Triple.from_dict(row) for row in rows])
 
     def close(self) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from importlib.metadata import version
 from pathlib import Path
 
-from polar_ray.config import EngineConfig
+from polar_ray.config import EngineConfig, endpoint_address
 from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.engines.base import Engine
-from polar_ray.errors import ConfigError
+from polar_ray.errors import CheckpointError, ConfigError, ReceiptMismatch
 
 DEFAULT_TOKEN_BUDGET = {"cpu": 4096, "cuda": 32768}
 """Computed tokens per call. On a CPU more gains nothing and falls out of the cache; a GPU needs tens of thousands to
@@ -21,11 +21,12 @@ ENDPOINT_TOKEN_BUDGET = 262144
 def resolve_engine(engine: EngineConfig, folder: Path, *, has_gpu: bool) -> EngineConfig:
     """`engine` with every `auto` replaced by what it means here, so that it can go into a receipt.
 
-    Raises `ConfigError` for combinations that no engine supports.
+    Raises `ConfigError` for combinations that no engine supports; for a running endpoint also `CheckpointError` where
+    its tokenizer is not `folder`'s, `ReceiptMismatch` where it is not the expected one, and `EngineUnavailable`.
     """
     refuse_unsupported(engine)
     if engine.kind == "serve":
-        return _resolve_endpoint(engine)
+        return _resolve_endpoint(engine, folder)
     device = engine.device if engine.device != "auto" else ("cuda" if has_gpu else "cpu")
     dtype = engine.dtype if engine.dtype != "auto" else (_checkpoint_dtype(folder) if device == "cuda" else "float32")
     if device == "cpu" and dtype == "float16":
@@ -49,7 +50,12 @@ def build_engine(engine: EngineConfig, folder: Path) -> Engine:
     if engine.kind == "serve":
         from polar_ray.engines.serve import ServeEngine
 
-        return ServeEngine.connect(engine.address, max_in_flight=engine.max_in_flight, token_budget=budget)
+        return ServeEngine.connect(
+            engine.address,
+            max_in_flight=engine.max_in_flight,
+            token_budget=budget,
+            expect_receipt=engine.expect_receipt,
+        )
     if engine.kind == "fake":
         from polar_ray.engines.fake import FakeEngine
 
@@ -70,13 +76,12 @@ def describe_engine(engine: EngineConfig, folder: Path) -> dict[str, str]:
     """What of a reward's receipt is the engine's: `weights_digest`, `engine`, `engine_version`, `dtype`, `device` and
     `rope_base`, by field. A running endpoint's are its own.
 
-    Reads all weights once to hash them. Raises `CheckpointError` for weights that are incomplete, or an endpoint that
-    has another tokenizer than `folder`.
+    Reads all weights once to hash them. Raises `CheckpointError` for weights that are incomplete.
     """
     if engine.kind == "serve":
         from polar_ray.engines.serve import describe_endpoint
 
-        return describe_endpoint(engine.address, PolarTokenizer(folder).digest)
+        return describe_endpoint(engine.address)
     return {
         "weights_digest": _weights_digest(engine, folder),
         "engine": engine.kind,
@@ -87,13 +92,32 @@ def describe_engine(engine: EngineConfig, folder: Path) -> dict[str, str]:
     }
 
 
-def _resolve_endpoint(engine: EngineConfig) -> EngineConfig:
+def _resolve_endpoint(engine: EngineConfig, folder: Path) -> EngineConfig:
+    """What the endpoint has, pinned by its receipt; refused where the settings or the tokenizer say otherwise."""
     from polar_ray.engines.serve import ask_model
 
-    receipt = ask_model(engine.address).receipt
-    resolved = {name: receipt[name] for name in ("dtype", "device", "rope_base")}
-    budget = engine.token_budget or ENDPOINT_TOKEN_BUDGET
-    return engine.model_copy(update={**resolved, "token_budget": budget, "threads": engine.threads or 1})
+    found = ask_model(engine.address)
+    if found.receipt["tokenizer_digest"] != PolarTokenizer(folder).digest:
+        raise CheckpointError(
+            "the endpoint's tokenizer is not this model's; name the model that is served there, for its tokenizer"
+        )
+    for name in ("dtype", "device", "rope_base"):
+        if getattr(engine, name) not in ("auto", found.receipt[name]):
+            raise ConfigError(
+                f"engine.{name} = {getattr(engine, name)!r}: the endpoint has {found.receipt[name]!r}; set that, or "
+                "another endpoint"
+            )
+    if engine.expect_receipt not in (None, found.receipt_id):
+        raise ReceiptMismatch(f"expected an endpoint of receipt {engine.expect_receipt}, found {found.receipt_id}")
+    return engine.model_copy(
+        update={
+            **{name: found.receipt[name] for name in ("dtype", "device", "rope_base")},
+            "token_budget": engine.token_budget or ENDPOINT_TOKEN_BUDGET,
+            "threads": engine.threads or 1,
+            "address": engine.address or endpoint_address(),
+            "expect_receipt": found.receipt_id,
+        }
+    )
 
 
 def _weights_digest(engine: EngineConfig, folder: Path) -> str:

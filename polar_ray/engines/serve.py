@@ -8,7 +8,6 @@ import numpy as np
 
 from polar_ray.client import RewardClient
 from polar_ray.errors import (
-    CheckpointError,
     EngineError,
     EngineUnavailable,
     NonFiniteReward,
@@ -29,8 +28,8 @@ CONNECT_S = 30.0
 class ServeEngine:
     """Keeps the promises of `Engine`; that the same batch gives the same bits again as far as the endpoint does.
 
-    The receipt of the first reply holds for all: an endpoint that is redeployed with another model ends the job with
-    `ReceiptMismatch`. Without an answer within `DEADLINE_S` a batch is `EngineUnavailable`.
+    The receipt that it was connected with holds for all replies: an endpoint that is redeployed with another model
+    ends the job with `ReceiptMismatch`. Without an answer within `DEADLINE_S` a batch is `EngineUnavailable`.
     """
 
     def __init__(self, client: RewardClient, *, token_budget: int) -> None:
@@ -38,14 +37,18 @@ class ServeEngine:
         self._token_budget = token_budget
 
     @classmethod
-    def connect(cls, address: str | None, *, max_in_flight: int, token_budget: int) -> ServeEngine:
-        """Raises `EngineUnavailable` when nobody answers, `Unauthorized` when a token is missing."""
+    def connect(
+        cls, address: str | None, *, max_in_flight: int, token_budget: int, expect_receipt: str | None = None
+    ) -> ServeEngine:
+        """`expect_receipt` is the one that every reply must have; None takes the endpoint's as it is now.
+
+        Raises `EngineUnavailable` when nobody answers, `Unauthorized` when a token is missing."""
         client = RewardClient(
             address,
             deadline_s=DEADLINE_S,
             priority="bulk",
             max_in_flight=max_in_flight,
-            expect_receipt=ask_model(address).receipt_id,
+            expect_receipt=expect_receipt or ask_model(address).receipt_id,
         )
         return cls(client, token_budget=token_budget)
 
@@ -86,16 +89,9 @@ def ask_model(address: str | None) -> ModelReply:
             raise
 
 
-def describe_endpoint(address: str | None, tokenizer_digest: str) -> dict[str, str]:
-    """What of a receipt is the endpoint's.
-
-    Raises `CheckpointError` when ids of the tokenizer with `tokenizer_digest` would mean something else there.
-    """
+def describe_endpoint(address: str | None) -> dict[str, str]:
+    """What of a receipt is the endpoint's."""
     receipt = ask_model(address).receipt
-    if receipt["tokenizer_digest"] != tokenizer_digest:
-        raise CheckpointError(
-            "the endpoint's tokenizer is not this model's; name the model that is served there, for its tokenizer"
-        )
     names = ("weights_digest", "engine", "engine_version", "dtype", "device", "rope_base")
     return {name: str(receipt[name]) for name in names}
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from polar_ray.errors import SchemaError
-from polar_ray.policy_text import output_of, plain_prompt
+from polar_ray.policy_text import own_text, plain_prompt
 from polar_ray.trainers.endpoint import Endpoint, Fields, report, reward
 from polar_ray.triples import Scored
 
@@ -40,7 +40,11 @@ def _fields(sample: Any) -> Fields:
         raise SchemaError("a sample has no label; name the references' column with --label-key", column="label")
     metadata = sample.metadata if isinstance(sample.metadata, dict) else {}
     bare = plain_prompt(sample.prompt) if isinstance(sample.prompt, str) else sample.prompt
-    return metadata.get("prompt") or bare, sample.label, output_of(sample.response, "")
+    return (
+        metadata.get("prompt") or bare,
+        sample.label,
+        own_text(sample.response, sample.prompt if isinstance(sample.prompt, str) else ""),
+    )
 
 
 def _reward(row: Scored, key: str | None) -> float | dict[str, float]:

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -47,7 +47,7 @@ def good(body: dict[str, Any]) -> Answer:
 
 
 class Script:
-    """Answers in turn, the last one for ever: a function of the body, a ready answer, or `cut` / `hang`."""
+    """Answers in turn, the last one for ever: a function of the body, a ready answer, or `cut`, `hang` or `drip`."""
 
     def __init__(self, *answers: Callable[[dict[str, Any]], Answer] | Answer | str) -> None:
         self._answers = list(answers)
@@ -81,7 +81,11 @@ def scripted_server(*answers: Callable[[dict[str, Any]], Answer] | Answer | str)
                 script.most_under_way = max(script.most_under_way, script.under_way)
                 script.connections.add(self.client_address)
             try:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
+                raw = self.rfile.read(int(self.headers["Content-Length"]))
+                if len(raw) < int(self.headers["Content-Length"]):  # the caller left in the middle
+                    self.close_connection = True
+                    return
+                body = json.loads(raw)
                 self.answer(script.next(body, {name.lower(): value for name, value in self.headers.items()}), body)
             finally:
                 with script._lock:
@@ -91,6 +95,14 @@ def scripted_server(*answers: Callable[[dict[str, Any]], Answer] | Answer | str)
             if answer == "hang":
                 time.sleep(2)
                 answer = "cut"
+            if answer == "drip":
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+                with suppress(OSError):  # until the client has had enough
+                    for _ in range(100):
+                        self.wfile.write(b" ")
+                        time.sleep(0.05)
+                self.close_connection = True
+                return
             if answer == "cut":
                 self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
                 self.close_connection = True

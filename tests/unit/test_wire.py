@@ -58,7 +58,13 @@ def test_a_strangers_error_is_classified_by_its_status(status, kind, body):
     error = read_error(status, body, {"retry-after": "2"})
     assert type(error) is kind
     assert "page" not in str(error)
-    assert error.details == {"retry_after_s": 2.0}
+    lost = {"connection_lost": True} if status in (500, 502) else {}
+    assert error.details == {"retry_after_s": 2.0, **lost}
+
+
+@pytest.mark.parametrize("header", ["nan", "inf", "-3", "Wed, 25 Nov 2026 00:00:00 GMT", ""])
+def test_a_retry_after_that_is_no_wait_is_none(header):
+    assert "retry_after_s" not in read_error(429, b"", {"retry-after": header}).details
 
 
 def test_a_code_of_a_later_version_is_still_an_error():

@@ -4,18 +4,20 @@ import numpy as np
 import pytest
 
 from polar_ray import Scorer, Triple
-from polar_ray.config import EngineConfig, LimitsConfig
+from polar_ray.config import EngineConfig, LimitsConfig, ScoreConfig, validate
+from polar_ray.corpus.run import Pool, plan_pool
 from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.engines import serve
 from polar_ray.engines.build import resolve_engine
-from polar_ray.engines.serve import ServeEngine, describe_endpoint
-from polar_ray.errors import CheckpointError, EngineError, EngineUnavailable, ReceiptMismatch
+from polar_ray.engines.serve import ServeEngine
+from polar_ray.errors import CheckpointError, ConfigError, EngineError, EngineUnavailable, ReceiptMismatch
 from polar_ray.model.locate import EMBEDDED_FOLDER
 from polar_ray.planning import Batch, Group
 from polar_ray.receipts import build_receipt
 from tests.support.endpoint import model_of, running_endpoint, serve_config
 from tests.support.engines import FaultyEngine, contains
 from tests.support.scripted_server import rewards_reply, scripted_server
+from tests.support.tokenizers import make_polar_tokenizer_folder
 
 TORCH = {"kind": "torch", "device": "cpu", "dtype": "float32"}
 PROMPT = "Explain in one paragraph why the sky is blue, for a child of ten who likes to know how things work."
@@ -70,9 +72,43 @@ def test_no_endpoint_at_the_start_is_said_before_anything_is_scored(monkeypatch)
         scorer_of("127.0.0.1:9")
 
 
-def test_another_tokenizer_is_refused(polar_tokenizer):
+def test_another_tokenizer_is_refused(tmp_path):
+    folder = make_polar_tokenizer_folder(tmp_path)
     with running_endpoint() as address, pytest.raises(CheckpointError, match="tokenizer is not this model's"):
-        describe_endpoint(address, polar_tokenizer.digest)
+        resolve_engine(EngineConfig(kind="serve", address=address), folder, has_gpu=False)
+
+
+@pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"device": "cuda"}, {"rope_base": "sglang-static"}])
+def test_settings_that_the_endpoint_does_not_have_are_refused(changes):
+    (name,) = changes
+    with running_endpoint() as address, pytest.raises(ConfigError, match=f"engine.{name} = .*the endpoint has"):
+        scorer_of(address, **changes)
+
+
+def test_what_a_job_began_with_is_pinned(monkeypatch):
+    with running_endpoint() as address:
+        monkeypatch.setenv("POLAR_RAY_ADDRESS", address)
+        resolved = resolve_engine(EngineConfig(kind="serve"), EMBEDDED_FOLDER, has_gpu=False)
+        assert resolved.address == address
+        assert len(resolved.expect_receipt) == 64
+        with Scorer.open(engine=resolved) as scorer:
+            assert scorer.score(triples("a"))[0].is_ok
+        other = resolved.model_copy(update={"expect_receipt": "0" * 64})
+        with pytest.raises(ReceiptMismatch, match="expected an endpoint of receipt 0000"):
+            Scorer.open(engine=other)
+
+
+def test_one_actor_asks_an_endpoint_unless_told_otherwise():
+    engine = EngineConfig(kind="serve", device="cuda", threads=1)
+    nodes = [{"CPU": 64, "GPU": 8}] * 4
+    assert plan_pool(ScoreConfig(engine=engine), 1000, nodes) == Pool(1, 1, 1, 0)
+    assert plan_pool(ScoreConfig(engine=engine, actors="2:6"), 1000, nodes) == Pool(2, 6, 1, 0)
+
+
+@pytest.mark.parametrize("engine", [{"address": "host:1"}, {"kind": "serve", "address": "x:token@host:1"}])
+def test_an_address_in_the_wrong_place_or_with_a_token_in_it_is_refused(engine):
+    with pytest.raises(ConfigError, match="engine"):
+        validate(EngineConfig, engine, source="test")
 
 
 def test_a_changed_receipt_ends_the_job():
