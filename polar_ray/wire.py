@@ -266,9 +266,19 @@ def describe_faults(error: ValidationError) -> str:
 
 
 def error_reply(error: PolarRayError) -> ErrorReply:
-    """`error` as it goes over the wire: no traceback, and details only where they are plain values."""
+    """`error` as it goes over the wire: no traceback, and details only where they are plain values.
+
+    A lone surrogate, which a message may have from the name of a caller's field, goes as a question mark: UTF-8 has
+    none.
+    """
     plain = {name: value for name, value in error.details.items() if isinstance(value, str | int | float | bool)}
-    return ErrorReply(error=ErrorBody(code=error.code, message=str(error), retryable=error.retryable, details=plain))
+    details = {name: _encodable(value) if isinstance(value, str) else value for name, value in plain.items()}
+    message = _encodable(str(error))
+    return ErrorReply(error=ErrorBody(code=error.code, message=message, retryable=error.retryable, details=details))
+
+
+def _encodable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
 
 
 def read_error(status: int, body: bytes, headers: Mapping[str, str]) -> PolarRayError:

@@ -149,11 +149,14 @@ def serve(
         words = ["polar-ray bench serve", *_repeated("engine", engines), f"--model {name}", *_repeated("road", roads)]
         words += [*_repeated("callers", callers), *_repeated("rows", rows)]
         words += [f"--rounds {rounds} --seconds-per-load {seconds:g} --threads {threads} --seed {seed}"]
+        measured = {
+            "model": name, "rounds": rounds, "seconds_per_load": seconds, "threads": threads, "seed": seed
+        }  # fmt: skip
         content = {
             "command": " ".join(words),
             **provenance(),
             "load_average": {"before": busy_before, "after": os.getloadavg()},
-            "settings": METHOD | {"model": name, "rounds": rounds, "seconds_per_load": seconds, "threads": threads},
+            "settings": METHOD | measured,
             "results": results,
         }
         _write(output, content)

@@ -79,10 +79,8 @@ def serve(
         auth__tokens_file=tokens_file,
     )
     notes = Console(stderr=True)
-    with (
-        running(settings, notes) as described,
-        _stop_signals() as stopped,
-    ):  # in this order: Ray takes SIGTERM for itself
+    # In this order, because Ray takes SIGTERM for itself.
+    with running(settings, notes) as described, _stop_signals() as stopped:
         _show(settings, described)
         stopped.wait()
         notes.print("finishing what was accepted ...", highlight=False)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from polar_ray.errors import SchemaError, TripleError
+from polar_ray.errors import SchemaError
 from polar_ray.policy_text import output_of, plain_prompt
 from polar_ray.trainers.endpoint import Endpoint, Fields, report, reward
 
@@ -37,10 +37,4 @@ def reward_func(
 def _fields(query: str, prompt: str, label: Any) -> Fields:
     if label is None:
         raise SchemaError("a row has no label; name the references' column with --data.label_key", column="label")
-    if not query.startswith(prompt):
-        raise TripleError(
-            "query: expected the prompt and what follows it; the tokenizer does not give the prompt back as it was, "
-            "or the prompt was cut to --max_len",
-            field="query",
-        )
     return plain_prompt(prompt), label, output_of(query, prompt)

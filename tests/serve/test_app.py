@@ -15,14 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from polar_ray import score_parquet
+from polar_ray import RewardClient, score_parquet
 from polar_ray.config import EngineConfig, ScoreConfig
-from polar_ray.errors import ConfigError
+from polar_ray.errors import ConfigError, DeadlineExceeded, NotFound, Unavailable
 from polar_ray.receipts import Receipt
 from polar_ray.scoring import Scorer
 from polar_ray.wire import triple_to_json
 from tests.serve.caller import GIVE_UP_S, Endpoint
 from tests.serve.conftest import free_port, groups
+from tests.support.tls import Certificate, make_certificate
 
 pytestmark = pytest.mark.ray
 
@@ -76,10 +77,10 @@ def test_settings_are_refused_before_anything_is_deployed(args, said):
         build({"engine.kind": "fake", "engine.device": "cpu", **args})
 
 
-def commands(folder: Path, port: int) -> dict[str, list[str]]:
-    """Two ways to start the same endpoint by hand."""
+def commands(folder: Path, port: int, certificate: Certificate) -> dict[str, list[str]]:
+    """Two ways to start the same endpoint by hand; Ray's own behind TLS, as the README says."""
     config = {
-        "http_options": {"host": "127.0.0.1", "port": port},
+        "http_options": {"host": "127.0.0.1", "port": port, **certificate.server},
         "applications": [
             {
                 "name": "by-hand",
@@ -100,22 +101,27 @@ def commands(folder: Path, port: int) -> dict[str, list[str]]:
 STARTED = {"polar-ray serve": "Ctrl-C stops it.", "serve run": ""}
 """What is said when all is up; of Ray's own command it is enough that it answers."""
 
+SCHEMES = {"polar-ray serve": "http", "serve run": "https"}
+
 
 @pytest.mark.parametrize(("command", "number"), [("polar-ray serve", signal.SIGTERM), ("serve run", signal.SIGINT)])
 def test_a_server_started_by_hand_answers_and_stops_when_told(command, number, tmp_path, truth):
-    port = free_port()
-    arguments = commands(tmp_path, port)[command]
+    port, certificate = free_port(), make_certificate(tmp_path)
+    arguments = commands(tmp_path, port, certificate)[command]
+    client = RewardClient(f"{SCHEMES[command]}://127.0.0.1:{port}", verify=certificate.ca)
     outside = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    if command == "serve run":
+        outside["RAY_ADDRESS"] = "local"  # left to itself it joins whatever cluster runs on this machine
     with (tmp_path / "said").open("wb") as said:
-        server = subprocess.Popen(arguments, stdout=said, stderr=said, env=outside, cwd=tmp_path)
+        server = subprocess.Popen(
+            arguments, stdout=said, stderr=said, env=outside, cwd=tmp_path, preexec_fn=hear_ctrl_c
+        )
     try:
         Endpoint.wait_for(
-            lambda: server.poll() is not None or (is_up(port) and STARTED[command] in read_said(tmp_path))
+            lambda: server.poll() is not None or (is_up(client) and STARTED[command] in read_said(tmp_path))
         )
         triples = groups(2, 2)
-        body = {"triples": [triple_to_json(triple) for triple in triples]}
-        rows = httpx.post(f"http://127.0.0.1:{port}/v1/rewards", json=body).json()["rewards"]
-        assert [row["reward"] for row in rows] == truth(triples)
+        assert client.rewards(triples) == truth(triples)
         family = psutil.Process(server.pid).children(recursive=True)
         server.send_signal(number)
         code = server.wait(GIVE_UP_S)
@@ -125,19 +131,25 @@ def test_a_server_started_by_hand_answers_and_stops_when_told(command, number, t
     text = read_said(tmp_path)
     assert family
     Endpoint.wait_for(lambda: not any(is_alive(process) for process in family))
-    assert not is_up(port)
+    assert not is_up(client)
+    client.close()
     if command == "polar-ray serve":
         assert (code, "Traceback" in text) == (0, False), text
+
+
+def hear_ctrl_c() -> None:
+    """Tests that run in a shell's background were started deaf to it, and Ray's command inherits that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def read_said(folder: Path) -> str:
     return (folder / "said").read_text()
 
 
-def is_up(port: int) -> bool:
+def is_up(client: RewardClient) -> bool:
     try:
-        return httpx.get(f"http://127.0.0.1:{port}/readyz").is_success
-    except httpx.TransportError:
+        return bool(client.model(deadline_s=1).receipt_id)
+    except (Unavailable, NotFound, DeadlineExceeded):
         time.sleep(0.2)
         return False
 

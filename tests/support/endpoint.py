@@ -54,8 +54,11 @@ async def api_client(config: ServeConfig | None = None, model: Model | None = No
 
 
 @contextmanager
-def running_endpoint(config: ServeConfig | None = None, model: Model | None = None, prefix: str = ""):
-    """Address (`127.0.0.1:PORT`) of the API under uvicorn, in a thread of its own; its routes stand below `prefix`."""
+def running_endpoint(config: ServeConfig | None = None, model: Model | None = None, prefix: str = "", **options):
+    """Address (`127.0.0.1:PORT`) of the API under uvicorn, in a thread of its own; its routes stand below `prefix`.
+
+    `options` are uvicorn's.
+    """
     config = config or serve_config()
     started: threading.Event = threading.Event()
     found: dict = {}
@@ -64,7 +67,7 @@ def running_endpoint(config: ServeConfig | None = None, model: Model | None = No
         service = RewardService(model or Model.load(config), config)
         api = build_api(service)
         api = Starlette(routes=[Mount(prefix, api)]) if prefix else api
-        settings = uvicorn.Config(api, host="127.0.0.1", port=0, log_level="error", lifespan="off")
+        settings = uvicorn.Config(api, host="127.0.0.1", port=0, log_level="error", lifespan="off", **options)
         server = found["server"] = uvicorn.Server(settings)
         running = asyncio.create_task(server.serve())
         while not server.started and not running.done():

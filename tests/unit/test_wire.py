@@ -34,6 +34,12 @@ def test_an_error_is_read_back_as_the_class_it_was_raised_as(kind):
     assert read.details == {"row": 3, "place": "here"}
 
 
+def test_an_error_that_names_what_utf8_cannot_hold_still_goes_out():
+    body = error_reply(RequestInvalid("field \ud800 is unknown", field="\udfff")).model_dump_json().encode()
+    read = read_error(400, body, {})
+    assert (str(read), read.details) == ("field ? is unknown", {"field": "?"})
+
+
 def test_retry_after_is_kept():
     body = error_reply(Overloaded("full")).model_dump_json().encode()
     assert read_error(429, body, {"retry-after": "7"}).details["retry_after_s"] == 7

@@ -39,7 +39,7 @@ def is_framed(tokenizer, ids):
     )
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     texts=st.tuples(spoofs(), spoofs(), spoofs()),
     wrapper=st.sampled_from(["sft", "pretrain"]),
@@ -73,7 +73,7 @@ def test_a_literal_that_two_fields_make_together_is_removed(tokenizer):
     assert encoded.removed_control_tokens == 2
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(prompt=st.text(max_size=30), reference=st.text(max_size=30), outputs=st.tuples(st.text(), st.text()))
 def test_the_shareable_part_does_not_depend_on_the_output(tokenizer, prompt, reference, outputs):
     encoder = Encoder(tokenizer, RELAXED)
@@ -83,7 +83,7 @@ def test_the_shareable_part_does_not_depend_on_the_output(tokenizer, prompt, ref
     assert one.shareable <= len(one.ids) - 1
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.text(max_size=20), st.text(max_size=20), st.text(max_size=20)), max_size=6))
 def test_many_at_once_are_encoded_as_each_alone(tokenizer, rows):
     encoder = Encoder(tokenizer, RELAXED)
