@@ -25,7 +25,7 @@ from fastapi import FastAPI
 from polar_ray.config import HttpConfig, ServeConfig
 from polar_ray.errors import EngineStartError
 from polar_ray.serving.api import build_api
-from polar_ray.serving.service import Model, RewardService
+from polar_ray.serving.service import Model, RewardService, freeze_heap
 
 START_S, STOP_S = 120.0, 60.0
 
@@ -118,7 +118,9 @@ def _serve_bare(config: ServeConfig) -> None:
 
 def _build_bare(config: ServeConfig) -> FastAPI:
     """Called by uvicorn in the event loop that requests will run in."""
-    return build_api(RewardService(Model.load(config), config))
+    service = RewardService(Model.load(config), config)
+    freeze_heap()
+    return build_api(service)
 
 
 def _on_free_port(config: ServeConfig) -> ServeConfig:

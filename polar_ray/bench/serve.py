@@ -3,7 +3,7 @@
 All roads stand for the whole run and take turns, load by load, so that other work on the machine meets them alike.
 Rates are medians of the rounds; on a busy machine trust the CPU seconds, which are of all rounds together and leave out
 what a cluster takes at rest. Callers are coroutines of this process with one kept-alive connection each
-(plain httpx, bodies made beforehand), so they share no interpreter with a replica, but do share the machine. Every
+(httpx, bodies made beforehand), so they share no interpreter with a replica, but do share the machine. Every
 reward of every reply is compared with the Scorer's, and a wrong one ends the run, as any error does.
 """
 
@@ -24,6 +24,7 @@ from polar_ray.bench.workload import random_triples
 from polar_ray.config import QueueConfig, ServeConfig, load_config
 from polar_ray.errors import ConfigError, EngineStartError
 from polar_ray.scoring import Scorer
+from polar_ray.serving.service import freeze_heap
 
 SCORER = "scorer"
 """The floor: `Scorer.score` in this process, with all rows that the callers of a load have in flight in one call."""
@@ -51,7 +52,7 @@ METHOD = {
     "rows_in_flight_at_most": ROWS_IN_FLIGHT,
     "tolerance": TOLERANCE,
     "batch_wait_s": QueueConfig().batch_wait_s,
-    "callers": "coroutines of one process beside the endpoint's; plain httpx, keep-alive, bodies made beforehand",
+    "callers": "coroutines of one process beside the endpoint's; an httpx client each, kept alive, bodies made before",
     "errors": "none, and no reward off by more than the tolerance: one of either ends the run",
 }
 """How every run measures, for its results file."""
@@ -148,6 +149,7 @@ def bench_serve(
         for endpoint in endpoints.values():
             call_turn(endpoint, warm_up, Load(1, 1), WARM_UP_S, tolerance=TOLERANCE[kind])
         idle = _idle_cpu(endpoints)
+        freeze_heap()  # the callers' pauses are none of the road's
         results = []
         for load in loads:
             requests = list(make_requests(triples, expected, load))

@@ -114,7 +114,7 @@ def serve(
         list[int] | None, typer.Option(min=1, help="Of a request. Repeatable; left out, 1, 4, 64, 512.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each road under each load.")] = 3,
-    seconds: Annotated[float, typer.Option("--seconds-per-load", min=0.01, help="Of one turn, at least.")] = 0.3,
+    seconds: Annotated[float, typer.Option("--seconds-per-load", min=0.01, help="Of one turn, at least.")] = 1.0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of an engine, on every road.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the words.")] = 0,
     output: Annotated[

@@ -14,7 +14,7 @@ from polar_ray.config import ServeConfig
 from polar_ray.serving.api import build_api
 from polar_ray.serving.autoscaling import PENDING_TOKENS
 from polar_ray.serving.fleet import FleetMetrics
-from polar_ray.serving.service import Model, RewardService
+from polar_ray.serving.service import Model, RewardService, freeze_heap
 from polar_ray.wire import ModelReply
 
 
@@ -29,6 +29,7 @@ class ScoringReplica:
         replica = context.replica_id.unique_id
         self._service = RewardService(model, config, replica=replica)
         self._fleet = FleetMetrics(context.app_name, replica, self._service.metrics.collect)
+        freeze_heap()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self._service, self._fleet.collect)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -239,6 +240,16 @@ class RewardService:
             if self._is_broken:
                 raise EngineUnavailable(f"{BROKEN}; ask again, another replica takes its place")
         return outcomes
+
+
+def freeze_heap() -> None:
+    """Leave all that lives now out of the garbage collector's sight, for good.
+
+    For a process that does nothing but serve, once it is ready to: what it has loaded (torch, transformers, Ray; some
+    300,000 objects) stays as long as it does, and a full collection that walks it stops every caller for 200 ms.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _cost(rows: Sequence[EncodedTriple]) -> int:
