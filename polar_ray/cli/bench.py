@@ -203,28 +203,23 @@ def _table(result: DtypeResult) -> Table:
     return table
 
 
+SERVE_COLUMNS = (
+    "req/s", "rows/s", "x proxy", "p50 ms", "p99 ms", "wall", "CPU us", "+ us", "+ ms", "+", "tokens",
+)  # fmt: skip
+
+SERVE_COLUMNS_MEAN = (
+    "wall: time beyond the Scorer's. CPU us, tokens: of a row. + us, + ms, +:\nCPU time beyond the Scorer's, for a row, "
+    "for a request and as a part; what a cluster takes at rest is left out"
+)
+
+
 def _serve_table(compared: Comparison) -> Table:
-    title = (
-        f"{compared.engine} engine. wall: time beyond the Scorer's, in percent; + us, + ms, +: CPU time beyond the "
-        "Scorer's\nper row, per request and in percent, idle clusters left out"
-    )
+    title = f"{compared.engine} engine. {SERVE_COLUMNS_MEAN}"
     table = Table(title=title, title_justify="left", title_style="bold", padding=(0, 1, 0, 0), box=None)
     for name in ("callers", "rows"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("road", no_wrap=True)
-    for name in (
-        "req/s",
-        "rows/s",
-        "x proxy",
-        "p50 ms",
-        "p99 ms",
-        "CPU ms/row",
-        "x CPU",
-        "tok/row",
-        "us/row",
-        "ms/req",
-        "over",
-    ):
+    for name in SERVE_COLUMNS:
         table.add_column(name, justify="right", no_wrap=True)
     load = None
     for row in compared.results:
@@ -241,25 +236,24 @@ def _load_cells(row: Result, is_first: bool) -> list[str]:
 
 
 def _road_cells(row: Result) -> list[str]:
+    """The road's name and a cell for each of `SERVE_COLUMNS`."""
     from polar_ray.bench.serve import SCORER
 
-    measured = [
-        row.road,
-        f"{row.requests_per_s:,.4g}",
-        f"{row.rows_per_s:,.4g}",
-        "" if row.speed_over_proxy is None else f"{row.speed_over_proxy:.2f}",
-        f"{row.p50_ms:,.1f}",
-        f"{row.p99_ms:,.1f}",
-    ]
-    cpu, work = f"{row.road_cpu_us_per_row:,.0f}", f"{row.computed_tokens_per_row:.0f}"
-    if row.road == SCORER:
-        return [*measured, "", cpu, "", "", "", work]
-    return [
-        *measured,
-        f"{row.overhead_percent:,.0f}%",
-        cpu,
-        f"{row.cpu_overhead_us_per_row:,.0f}",
-        f"{row.cpu_overhead_ms_per_request:,.1f}",
-        f"{row.cpu_overhead_percent:,.0f}%",
-        work,
-    ]
+    cells = {
+        "req/s": f"{row.requests_per_s:,.4g}",
+        "rows/s": f"{row.rows_per_s:,.4g}",
+        "p50 ms": f"{row.p50_ms:,.1f}",
+        "p99 ms": f"{row.p99_ms:,.1f}",
+        "CPU us": f"{row.road_cpu_us_per_row:,.0f}",
+        "tokens": f"{row.computed_tokens_per_row:.0f}",
+    }
+    if row.speed_over_proxy is not None:
+        cells["x proxy"] = f"{row.speed_over_proxy:.2f}"
+    if row.road != SCORER:
+        cells |= {
+            "wall": f"{row.overhead_percent:,.0f}%",
+            "+ us": f"{row.cpu_overhead_us_per_row:,.0f}",
+            "+ ms": f"{row.cpu_overhead_ms_per_request:,.1f}",
+            "+": f"{row.cpu_overhead_percent:,.0f}%",
+        }
+    return [row.road, *(cells.get(name, "") for name in SERVE_COLUMNS)]

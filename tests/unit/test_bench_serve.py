@@ -40,6 +40,24 @@ def test_a_run_measures_the_scorer_and_the_road(measured):
     assert content["command"].startswith("polar-ray bench serve --engine fake --model embedded --road bare --callers 2")
 
 
+def test_every_figure_stands_below_its_name(measured):
+    output, content = measured
+    head = next(line for line in output.splitlines() if "req/s" in line)
+    line = next(line for line in output.splitlines() if "bare" in line)
+    bare = content["results"][0]["results"][1]
+    shown = {
+        name: line[: head.index(name) + len(name)].split()[-1]
+        for name in ("rows/s", "p99 ms", "wall", "CPU us", "tokens")
+    }
+    assert shown == {
+        "rows/s": f"{bare['rows_per_s']:,.4g}",
+        "p99 ms": f"{bare['p99_ms']:,.1f}",
+        "wall": f"{bare['overhead_percent']:,.0f}%",
+        "CPU us": f"{bare['road_cpu_us_per_row']:,.0f}",
+        "tokens": f"{bare['computed_tokens_per_row']:.0f}",
+    }
+
+
 def test_rates_and_work_follow_from_the_rounds(measured):
     scorer, bare = measured[1]["results"][0]["results"]
     for row in (scorer, bare):
