@@ -208,7 +208,7 @@ SERVE_COLUMNS = (
 )  # fmt: skip
 
 SERVE_COLUMNS_MEAN = (
-    "wall: time beyond the Scorer's. CPU us, tokens: of a row. + us, + ms, +:\nCPU time beyond the Scorer's, for a row, "
+    "wall: time beyond the Scorer's. CPU us, tokens: of a row. + us, + ms, +: CPU time\nbeyond the Scorer's, for a row, "
     "for a request and as a part; what a cluster takes at rest is left out"
 )
 
