@@ -142,6 +142,7 @@ def serve(
         compared = bench_serve(settings, some, roads, rounds=rounds, seconds=seconds, seed=seed)
         _show_comparison(compared)
         results.append(asdict(compared))
+    Console().print(SERVE_LEGEND, style="dim", highlight=False)
     if output is not None:
         from polar_ray.bench.provenance import provenance
 
@@ -207,15 +208,14 @@ SERVE_COLUMNS = (
     "req/s", "rows/s", "x proxy", "p50 ms", "p99 ms", "wall", "CPU us", "+ us", "+ ms", "+", "tokens",
 )  # fmt: skip
 
-SERVE_COLUMNS_MEAN = (
-    "wall: time beyond the Scorer's. CPU us, tokens: of a row. + us, + ms, +: CPU time\nbeyond the Scorer's, for a row, "
-    "for a request and as a part; what a cluster takes at rest is left out"
+SERVE_LEGEND = (
+    "wall: time beyond the Scorer's. CPU us, tokens: of a row. + us, + ms, +: CPU time beyond the Scorer's, for a row, "
+    "for a request, and as a part of it; what a cluster takes at rest is left out."
 )
 
 
 def _serve_table(compared: Comparison) -> Table:
-    title = f"{compared.engine} engine. {SERVE_COLUMNS_MEAN}"
-    table = Table(title=title, title_justify="left", title_style="bold", padding=(0, 1, 0, 0), box=None)
+    table = Table(title=f"{compared.engine} engine", title_justify="left", title_style="bold", padding=(0, 1, 0, 0), box=None)
     for name in ("callers", "rows"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("road", no_wrap=True)
