@@ -215,7 +215,8 @@ SERVE_LEGEND = (
 
 
 def _serve_table(compared: Comparison) -> Table:
-    table = Table(title=f"{compared.engine} engine", title_justify="left", title_style="bold", padding=(0, 1, 0, 0), box=None)
+    title = f"{compared.engine} engine"
+    table = Table(title=title, title_justify="left", title_style="bold", padding=(0, 1, 0, 0), box=None)
     for name in ("callers", "rows"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("road", no_wrap=True)
