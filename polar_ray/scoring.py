@@ -77,9 +77,10 @@ class Scorer:
 
         Raises `CheckpointError`, `ConfigError` or `EngineStartError` before anything is scored.
         """
-        folder, engine = locate_model(model, revision), engine or EngineConfig()
-        resolved = resolve_engine(engine, folder, has_gpu=engine.device == "auto" and has_gpu())
-        encoder = Encoder(PolarTokenizer(folder), limits or LimitsConfig())
+        folder, engine, limits = locate_model(model, revision), engine or EngineConfig(), limits or LimitsConfig()
+        on_gpu = engine.device == "auto" and has_gpu()
+        resolved = resolve_engine(engine, folder, has_gpu=on_gpu, max_tokens=limits.max_tokens)
+        encoder = Encoder(PolarTokenizer(folder), limits)
         return cls(encoder, build_engine(resolved, folder), share_prefixes=resolved.share_prefixes)
 
     def score(self, triples: Sequence[Row], on_batch: Callable[[], None] | None = None) -> list[Scored]:

@@ -129,7 +129,7 @@ def _begin(
     tokenizer = PolarTokenizer(folder)
     check_writable(output)
     _connect(cluster, progress)
-    engine = resolve_engine(config.engine, folder, has_gpu=has_gpu())
+    engine = resolve_engine(config.engine, folder, has_gpu=has_gpu(), max_tokens=config.limits.max_tokens)
     with progress.stage("reading the weights"):
         receipt = build_receipt(folder, tokenizer, engine, config.limits)
     manifest = make_manifest(files, contents, receipt, config.columns, message_json)
@@ -152,7 +152,7 @@ def _resume(
     before = manifest.receipt
     kept = {name: getattr(before, name) for name in ("device", "dtype") if getattr(config.engine, name) == "auto"}
     engine = config.engine.model_copy(update=kept)
-    engine = resolve_engine(engine, folder, has_gpu=before.device == "cuda")
+    engine = resolve_engine(engine, folder, has_gpu=before.device == "cuda", max_tokens=config.limits.max_tokens)
     with progress.stage("reading the weights"):
         receipt = build_receipt(folder, PolarTokenizer(folder), engine, config.limits)
     check_same_job(manifest, files, receipt, config.columns, output)

@@ -18,15 +18,18 @@ ENDPOINT_TOKEN_BUDGET = 262144
 """Of a call to a running endpoint: enough requests to keep `max_in_flight` of them under way."""
 
 
-def resolve_engine(engine: EngineConfig, folder: Path, *, has_gpu: bool) -> EngineConfig:
+def resolve_engine(engine: EngineConfig, folder: Path, *, has_gpu: bool, max_tokens: int | None = None) -> EngineConfig:
     """`engine` with every `auto` replaced by what it means here, so that it can go into a receipt.
 
-    Raises `ConfigError` for combinations that no engine supports; for a running endpoint also `CheckpointError` where
-    its tokenizer is not `folder`'s, `ReceiptMismatch` where it is not the expected one, and `EngineUnavailable`.
+    `max_tokens` is the longest sequence that it will be asked for.
+
+    Raises `ConfigError` for combinations that no engine supports; for a running endpoint also for one that takes no
+    such sequences, `CheckpointError` where its tokenizer is not `folder`'s, `ReceiptMismatch` where it is not the
+    expected one, and `EngineUnavailable`.
     """
     refuse_unsupported(engine)
     if engine.kind == "serve":
-        return _resolve_endpoint(engine, folder)
+        return _resolve_endpoint(engine, folder, max_tokens)
     device = engine.device if engine.device != "auto" else ("cuda" if has_gpu else "cpu")
     dtype = engine.dtype if engine.dtype != "auto" else (_checkpoint_dtype(folder) if device == "cuda" else "float32")
     if device == "cpu" and dtype == "float16":
@@ -92,7 +95,7 @@ def describe_engine(engine: EngineConfig, folder: Path) -> dict[str, str]:
     }
 
 
-def _resolve_endpoint(engine: EngineConfig, folder: Path) -> EngineConfig:
+def _resolve_endpoint(engine: EngineConfig, folder: Path, max_tokens: int | None) -> EngineConfig:
     """What the endpoint has, pinned by its receipt; refused where the settings or the tokenizer say otherwise."""
     from polar_ray.engines.serve import ask_model
 
@@ -107,6 +110,11 @@ def _resolve_endpoint(engine: EngineConfig, folder: Path) -> EngineConfig:
                 f"engine.{name} = {getattr(engine, name)!r}: the endpoint has {found.receipt[name]!r}; set that, or "
                 "another endpoint"
             )
+    if max_tokens is not None and max_tokens > found.limits.max_tokens:
+        raise ConfigError(
+            f"limits.max_tokens = {max_tokens}: the endpoint takes {found.limits.max_tokens} at most; set that "
+            "here, or more there"
+        )
     if engine.expect_receipt not in (None, found.receipt_id):
         raise ReceiptMismatch(f"expected an endpoint of receipt {engine.expect_receipt}, found {found.receipt_id}")
     return engine.model_copy(

@@ -85,6 +85,15 @@ def test_settings_that_the_endpoint_does_not_have_are_refused(changes):
         scorer_of(address, **changes)
 
 
+def test_an_endpoint_that_takes_shorter_rows_than_the_job_sends_is_refused():
+    with running_endpoint(serve_config(limits={"max_tokens": 100})) as address:
+        engine = EngineConfig(kind="serve", address=address)
+        with pytest.raises(ConfigError, match=r"limits\.max_tokens = 16384: the endpoint takes 100 at most"):
+            Scorer.open(engine=engine)
+        with Scorer.open(engine=engine, limits=LimitsConfig(max_tokens=100)) as scorer:
+            assert scorer.score(triples("Light scatters."))[0].is_ok
+
+
 def test_what_a_job_began_with_is_pinned(monkeypatch):
     with running_endpoint() as address:
         monkeypatch.setenv("POLAR_RAY_ADDRESS", address)
