@@ -212,6 +212,10 @@ class RequestConfig(Settings):
     max_body_bytes: int = Field(64 << 20, ge=1024)
     """Bytes of one request's body, as sent and as unpacked."""
 
+    max_text_characters: int = Field(262144, ge=1)
+    """Characters of one text; a row with a longer one is `triple_too_long`. A replica stands still while one text is
+    tokenised, for about a second per million."""
+
 
 class AuthConfig(Settings):
     """Who may ask."""
@@ -221,7 +225,8 @@ class AuthConfig(Settings):
 
     tokens_file: Path | None = None
     """One token a line, `#` for comments; any of them opens. Read again when it changes, so tokens can be rotated.
-    Tokens may also come in POLAR_RAY_TOKENS, separated by commas."""
+    Naming one means `required`, unless the mode is `none`. Tokens may also come in POLAR_RAY_TOKENS, separated by
+    commas."""
 
 
 class AutoscalingConfig(Settings):

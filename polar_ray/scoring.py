@@ -130,6 +130,11 @@ class Scorer:
         """Computed tokens of one engine call."""
         return self._engine.token_budget
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether what rows have in common is computed once."""
+        return self._share_prefixes
+
     def close(self) -> None:
         """Release the engine. May be called twice."""
         self._engine.close()

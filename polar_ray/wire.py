@@ -13,7 +13,7 @@ that is wrong as a whole is answered with an error.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -95,6 +95,11 @@ class RewardsRequest(CallOptions):
         if strays and forms != ["outputs"]:
             raise ValueError(f"{strays[0]} belongs to a group (prompt, reference, outputs), not beside {forms[0]}")
         return self
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the request, before any is looked at."""
+        return len(self.triples or self.outputs or self.ids or ())
 
     def rows(self) -> list[Row]:
         """The request's rows, or the error that says why one is none, in order."""
@@ -187,6 +192,7 @@ class LimitsReply(Body):
     on_empty: str
     max_rows: int
     max_body_bytes: int
+    max_text_characters: int
     max_queued_tokens: int
     default_deadline_s: float
 
@@ -245,10 +251,10 @@ def parse_request(body: bytes) -> RewardsRequest:
         raise RequestInvalid(describe_faults(error)) from None
 
 
-def parse_options(query: Mapping[str, str]) -> CallOptions:
-    """The options among query parameters; others are left to whoever knows them. Raises `RequestInvalid`."""
+def parse_options(query: Mapping[str, str], others: Collection[str] = ()) -> CallOptions:
+    """The options of a query string. Raises `RequestInvalid` for one that is neither known nor among `others`."""
     try:
-        return CallOptions.model_validate({name: query[name] for name in CallOptions.model_fields if name in query})
+        return CallOptions.model_validate({name: value for name, value in query.items() if name not in others})
     except ValidationError as error:
         raise RequestInvalid(describe_faults(error)) from None
 
@@ -325,12 +331,12 @@ def _attempt_triple(row: Mapping[str, Any]) -> Triple | TripleError:
 
 
 def triple_to_json(triple: Triple) -> dict[str, Any]:
-    """A triple as a row of `triples`. Messages keep their role and content only."""
+    """A triple as a row of `triples`. Messages keep their role and content only, an id of another type goes as text."""
     row: dict[str, Any] = {name: text_to_json(getattr(triple, name)) for name in TEXT_FIELDS}
     if triple.wrapper != "sft":
         row["wrapper"] = triple.wrapper
     if triple.id is not None:
-        row["id"] = triple.id
+        row["id"] = str(triple.id)
     return row
 
 

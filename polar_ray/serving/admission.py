@@ -43,7 +43,13 @@ class Admission:
             self._reserved[priority].remove(tokens)
 
     def check_deadline(self, tokens: int, priority: Priority, remaining_s: float) -> None:
-        """Raise `Overloaded` if a call of so many tokens cannot be done in the time that is left."""
+        """Raise `Overloaded` if a call of so many tokens cannot be done in the time that is left.
+
+        With an idle engine it is tried: coming back would gain nothing, and a speed that was measured in bad times is
+        measured again.
+        """
+        if not self._batcher.pending_tokens():
+            return
         needed_s = self._batcher.seconds_ahead(tokens, priority)
         if needed_s is not None and needed_s > remaining_s:
             raise Overloaded(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
@@ -17,7 +19,7 @@ from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException
 
 import polar_ray
-from polar_ray.errors import EngineError, Unavailable, error_kinds
+from polar_ray.errors import EngineError, RequestInvalid, Unavailable, error_kinds
 from polar_ray.serving import openapi
 from polar_ray.serving.arrow import read_rows, write_reply
 from polar_ray.serving.auth import Gate
@@ -54,6 +56,14 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+
+T = TypeVar("T")
+
+DIALECT_OPTIONS = ("think",)
+"""Of a dialect's query string, besides `CallOptions`."""
+
+LARGE_BODY_BYTES = 256 << 10
+"""Beyond, a body is read and its reply written beside the event loop, where a small call is quicker."""
 
 CollectFleet = Callable[[], Awaitable[Sequence[Metric]]]
 """The metric families of all replicas."""
@@ -126,12 +136,10 @@ def _native_routes(service: RewardService) -> APIRouter:
         """
         arrived = time.monotonic()
         body = await read_body(request, service.config.requests.max_body_bytes)
-        rows, options = _parse(request, body, service.config.requests.max_body_bytes)
+        is_large = len(body) > LARGE_BODY_BYTES
+        rows, options = await _do(service, partial(_parse, service, request, body), aside=is_large)
         result = await _score(service, request, rows, options, arrived)
-        reply, headers = service.reply(result), {RECEIPT_HEADER: service.receipt_id}
-        if _wants_arrow(request):
-            return Response(write_reply(reply), headers=headers, media_type=ARROW_MEDIA_TYPE)
-        return Response(reply.model_dump_json(), headers=headers, media_type=JSON_MEDIA_TYPE)
+        return await _do(service, partial(_respond, service, request, result), aside=is_large)
 
     @router.get(MODELS_PATH, summary="The model and its receipt", responses=openapi.REFUSALS)
     async def models() -> ModelsReply:
@@ -174,9 +182,15 @@ def _dialect_routes(service: RewardService) -> APIRouter:
 def _dialect_handler(service: RewardService, dialect: Dialect) -> Callable[[Request], Awaitable[Response]]:
     async def handle(request: Request) -> Response:
         arrived = time.monotonic()
-        body = parse_object(await read_body(request, service.config.requests.max_body_bytes))
-        rows = dialect.read(body, request.query_params)
-        result = await _score(service, request, rows, parse_options(request.query_params), arrived)
+        content = await read_body(request, service.config.requests.max_body_bytes)
+
+        def read() -> tuple[dict[str, Any], Sequence[Row]]:
+            body = parse_object(content)
+            return body, dialect.read(body, request.query_params)
+
+        body, rows = await _do(service, read, aside=len(content) > LARGE_BODY_BYTES)
+        options = parse_options(request.query_params, others=DIALECT_OPTIONS)
+        result = await _score(service, request, rows, options, arrived)
         _refuse_failed_rows(result)
         answer = Answer(
             result.scored,
@@ -210,11 +224,26 @@ def _refuse_failed_rows(result: Result) -> None:
             raise kind(f"row {index} of {len(result.scored)}: {row.detail}", row=index, failed_rows=failed)
 
 
-def _parse(request: Request, body: bytes, max_bytes: int) -> tuple[Sequence[Row], CallOptions]:
+async def _do(service: RewardService, work: Callable[[], T], *, aside: bool) -> T:
+    return await service.aside(work) if aside else work()
+
+
+def _parse(service: RewardService, request: Request, body: bytes) -> tuple[Sequence[Row], CallOptions]:
     if _media_type(request) == ARROW_MEDIA_TYPE:
-        return read_rows(body, max_bytes), parse_options(request.query_params)
+        limits = service.config.requests
+        return read_rows(body, limits), parse_options(request.query_params)
+    if request.query_params:
+        raise RequestInvalid("the options of a JSON request stand in its body; take them out of the query string")
     parsed = parse_request(body)
+    service.check_size(parsed.n_rows)
     return parsed.rows(), parsed
+
+
+def _respond(service: RewardService, request: Request, result: Result) -> Response:
+    reply, headers = service.reply(result), {RECEIPT_HEADER: service.receipt_id}
+    if _wants_arrow(request):
+        return Response(write_reply(reply), headers=headers, media_type=ARROW_MEDIA_TYPE)
+    return Response(reply.model_dump_json(), headers=headers, media_type=JSON_MEDIA_TYPE)
 
 
 def _wants_arrow(request: Request) -> bool:

@@ -1,17 +1,29 @@
-"""Arrow IPC in and out, for callers with many rows: no JSON to parse, and numbers stay binary."""
+"""Arrow IPC in and out, for callers with many rows: no JSON to parse, and numbers stay binary.
+
+A body can say in a few bytes what takes gigabytes to look at (a million nulls, one long string a million times, zeros
+compressed), so layouts whose size in memory is not their size on the wire are refused, and rows are counted, before
+anything is made of them.
+"""
 
 from __future__ import annotations
 
-import pyarrow as pa
+import struct
 
-from polar_ray.columns import read_triples
-from polar_ray.config import ColumnsConfig
-from polar_ray.errors import RequestInvalid, RequestTooLarge
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from polar_ray.columns import read_column, read_triples
+from polar_ray.config import ColumnsConfig, RequestConfig
+from polar_ray.errors import RequestInvalid, RequestTooLarge, TripleError
 from polar_ray.triples import Row, TokenIds, Triple
 from polar_ray.wire import ARROW_REPLY_KEY, RewardsReply
 
 COLUMNS = ColumnsConfig()
-FIELDS = frozenset({"prompt", "reference", "output", "wrapper", "id"})
+TEXTS = ("prompt", "reference", "output")
+FIELDS = frozenset({*TEXTS, "wrapper", "id"})
+
+MOST_MESSAGES = 1 << 20
+"""Of one request: a message is a dict in memory, whatever it takes on the wire."""
 
 REPLY_SCHEMA = pa.schema(
     [
@@ -27,28 +39,24 @@ REPLY_SCHEMA = pa.schema(
 )
 
 
-def read_rows(body: bytes, max_bytes: int) -> list[Row]:
+def read_rows(body: bytes, limits: RequestConfig) -> list[Row]:
     """The rows of an Arrow IPC stream: columns `prompt`, `reference`, `output` and optionally `wrapper` and `id`, or
     one column `ids` of integer lists.
 
-    Raises `RequestInvalid` for another layout, `RequestTooLarge` when it unpacks to more than `max_bytes`.
+    Raises `RequestInvalid` for another layout, `RequestTooLarge` for more rows than `limits` allow.
     """
     try:
-        table = _read_table(body, max_bytes)
+        _refuse_compression(body)
+        with pa.ipc.open_stream(pa.py_buffer(body)) as stream:
+            _check_layout(stream.schema)
+            table = _read_table(stream, limits.max_rows)
+        table = _with_strings_as_bytes(table)
         table.validate(full=True)  # offsets come from a stranger
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, struct.error) as error:
+        if isinstance(error, RequestInvalid):
+            raise
         raise RequestInvalid(f"the body is not an Arrow IPC stream ({type(error).__name__})") from None
-    names = set(table.column_names)
-    if len(names) != table.num_columns:
-        raise RequestInvalid("two columns have the same name")
-    if names == {"ids"}:
-        return _read_ids(table.column("ids"))
-    if not {"prompt", "reference", "output"} <= names or names - FIELDS:
-        raise RequestInvalid(
-            f"expected the columns prompt, reference, output and optionally wrapper and id, or ids alone; found "
-            f"{', '.join(sorted(names))[:200] or 'none'}"
-        )
-    return _read_triples(table)
+    return _read_ids(table.column("ids")) if table.column_names == ["ids"] else _read_triples(table)
 
 
 def write_reply(reply: RewardsReply) -> bytes:
@@ -62,33 +70,125 @@ def write_reply(reply: RewardsReply) -> bytes:
     return bytes(sink.getvalue())
 
 
-def _read_table(body: bytes, max_bytes: int) -> pa.Table:
-    with pa.ipc.open_stream(pa.py_buffer(body)) as stream:
-        batches, unpacked = [], 0
-        for batch in stream:
-            unpacked += batch.nbytes
-            if unpacked > max_bytes:
-                raise RequestTooLarge(f"the body unpacks to more than requests.max_body_bytes = {max_bytes}")
-            batches.append(batch)
-        return pa.Table.from_batches(batches, stream.schema)
+def _refuse_compression(body: bytes) -> None:
+    for message in pa.ipc.MessageReader.open_stream(pa.py_buffer(body)):
+        if _is_compressed(message.metadata.to_pybytes()):
+            raise RequestInvalid("the body's buffers are compressed; write the stream without compression")
+
+
+def _is_compressed(metadata: bytes) -> bool:
+    """Whether an IPC message is a batch with compressed buffers; pyarrow tells only after it has unpacked them.
+
+    Reads the flatbuffer by its layout in Arrow's `format/Message.fbs`: a table's fields are found through its vtable.
+    """
+
+    def read(form: str, at: int) -> int:
+        value: int = struct.unpack_from(form, metadata, at)[0]
+        return value
+
+    def field(table: int, number: int) -> int | None:
+        vtable = table - read("<i", table)
+        slot = 4 + 2 * number
+        offset = read("<H", vtable + slot) if slot < read("<H", vtable) else 0
+        return table + offset if offset else None
+
+    def follow(at: int | None) -> int:
+        if at is None:
+            raise ValueError("a table is missing")
+        return at + read("<I", at)
+
+    message = read("<I", 0)
+    kind = field(message, 1)
+    header = 0 if kind is None else read("<B", kind)
+    if header not in (2, 3):  # DictionaryBatch, RecordBatch
+        return False
+    batch = follow(field(message, 2))
+    return field(batch if header == 3 else follow(field(batch, 1)), 3) is not None
+
+
+def _check_layout(schema: pa.Schema) -> None:
+    """Raise `RequestInvalid` for other columns, or for types that are not as large in memory as in the body."""
+    names = set(schema.names)
+    if len(names) != len(schema.names):
+        raise RequestInvalid("two columns have the same name")
+    if names != {"ids"} and (not {*TEXTS} <= names or names - FIELDS):
+        raise RequestInvalid(
+            f"expected the columns prompt, reference, output and optionally wrapper and id, or ids alone; found "
+            f"{', '.join(sorted(names))[:200] or 'none'}"
+        )
+    for field in schema:
+        wanted, is_fit = _expected(field.name, field.type)
+        if not is_fit:
+            raise RequestInvalid(f"{field.name}: expected {wanted}, found {str(field.type)[:100]}; cast the column")
+
+
+def _expected(name: str, kind: pa.DataType) -> tuple[str, bool]:
+    """What a column may be, in words, and whether `kind` is that."""
+    if name == "ids":
+        return "lists of integers", _is_list(kind) and pa.types.is_integer(kind.value_type)
+    plain = _is_string(kind) or pa.types.is_null(kind)
+    if name == "id":
+        return "strings or integers", plain or pa.types.is_integer(kind)
+    if name == "wrapper":
+        return "strings", plain
+    return "strings or lists of messages", plain or (_is_list(kind) and _is_message(kind.value_type))
+
+
+def _is_message(kind: pa.DataType) -> bool:
+    if not pa.types.is_struct(kind) or kind.get_field_index("content") < 0:
+        return False
+    is_plain = [_is_string(part.type) or pa.types.is_null(part.type) for part in kind]
+    return all(is_plain) and _is_string(kind.field("content").type)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _read_table(stream: pa.ipc.RecordBatchStreamReader, max_rows: int) -> pa.Table:
+    batches, rows = [], 0
+    for batch in stream:
+        rows += batch.num_rows
+        if rows > max_rows:
+            raise RequestTooLarge(
+                f"more rows than requests.max_rows = {max_rows}; send them in parts", max_rows=max_rows
+            )
+        batches.append(batch)
+    return pa.Table.from_batches(batches, stream.schema)
+
+
+def _with_strings_as_bytes(table: pa.Table) -> pa.Table:
+    """So that a text that is not UTF-8 is its own row's affair."""
+    for place, field in enumerate(table.schema):
+        if _is_string(field.type):
+            kind = pa.large_binary() if pa.types.is_large_string(field.type) else pa.binary()
+            chunks = [chunk.view(kind) for chunk in table.column(place).chunks]
+            table = table.set_column(place, field.name, pa.chunked_array(chunks, kind))
+    return table
 
 
 def _read_ids(column: pa.ChunkedArray) -> list[Row]:
-    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-        raise RequestInvalid("ids: expected a column of lists of integers")
-    if not pa.types.is_integer(column.type.value_type):
-        raise RequestInvalid("ids: expected lists of integers")
     if column.null_count or column.combine_chunks().flatten().null_count:
         raise RequestInvalid("ids: has nulls")
     return [TokenIds(ids) for ids in column.to_pylist()]
 
 
 def _read_triples(table: pa.Table) -> list[Row]:
-    given_ids = table.column("id").to_pylist() if "id" in table.column_names else [None] * table.num_rows
+    lists = [column for column in table.itercolumns() if _is_list(column.type)]
+    if sum(pc.sum(pc.list_value_length(column)).as_py() or 0 for column in lists) > MOST_MESSAGES:
+        raise RequestTooLarge(f"more than {MOST_MESSAGES} messages; send them in parts")
+    given_ids = read_column(table, "id", table.num_rows)
     triples = read_triples(table, COLUMNS, frozenset())
-    return [
-        Triple(row.prompt, row.reference, row.output, row.wrapper, None if given is None else str(given))
-        if isinstance(row, Triple)
-        else row
-        for row, given in zip(triples, given_ids, strict=True)
-    ]
+    return [_with_id(row, given) for row, given in zip(triples, given_ids, strict=True)]
+
+
+def _with_id(row: Triple | TripleError, given: str | int | TripleError | None) -> Row:
+    if isinstance(row, TripleError) or given is None:
+        return row
+    if isinstance(given, TripleError):
+        return given
+    return Triple(row.prompt, row.reference, row.output, row.wrapper, str(given))

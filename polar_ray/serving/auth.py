@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
+from contextlib import suppress
 from pathlib import Path
 
 from polar_ray.config import AuthConfig, tokens_from_environment
@@ -23,23 +24,28 @@ class Gate:
 
     def __init__(self, config: AuthConfig) -> None:
         """Raises `ConfigError` where tokens are required and there are none, or one is too short."""
+        self.is_open = False
+        """Whether callers need no token. Settled at the start: a file that is emptied later locks everybody out."""
+
         self._file = config.tokens_file
         self._from_environment = tokens_from_environment()
-        self._modified_ns = -1
         self._from_file: tuple[str, ...] = ()
-        self._reread()
-        tokens = self._tokens()
-        if config.mode == "required" and not tokens:
+        if config.mode == "none":
+            self.is_open = True
+            return
+        if self._file is not None:
+            self._modified_ns, self._from_file = _read_tokens(self._file)
+        tokens = self._from_environment + self._from_file
+        if not tokens and (config.mode == "required" or self._file is not None):
             raise ConfigError(
-                "auth.mode = 'required' and there are no tokens; set POLAR_RAY_TOKENS where replicas run, or "
-                "auth.tokens_file to a file that is there"
+                "a token is required and there are none; set POLAR_RAY_TOKENS where replicas run, or write one into "
+                "the file that auth.tokens_file names"
             )
-        if config.mode != "none" and any(len(token) < SHORTEST_TOKEN for token in tokens):
+        if any(len(token) < SHORTEST_TOKEN for token in tokens):
             raise ConfigError(
                 f"a token is shorter than {SHORTEST_TOKEN} characters; make one with: openssl rand -hex 32"
             )
-        self.is_open = config.mode == "none" or not tokens
-        """Whether callers need no token. Settled at the start: a file that is emptied later locks everybody out."""
+        self.is_open = not tokens
 
     def check(self, authorization: str | None) -> None:
         """Raise `Unauthorized` unless `authorization`, the header's value, shows a token."""
@@ -49,30 +55,30 @@ class Gate:
         if given is None:
             raise Unauthorized("a token is needed: send Authorization: Bearer TOKEN")
         self._reread()
-        matches = [hmac.compare_digest(given, token.encode()) for token in self._tokens()]
+        matches = [hmac.compare_digest(given, token.encode()) for token in self._from_environment + self._from_file]
         if not any(matches):
             raise Unauthorized("this token is not one of the endpoint's")
 
-    def _tokens(self) -> tuple[str, ...]:
-        return self._from_environment + self._from_file
-
     def _reread(self) -> None:
+        """The file, if it has changed; one that cannot be read, as while it is being replaced, changes nothing."""
         if self._file is None:
             return
-        try:
-            modified_ns = self._file.stat().st_mtime_ns
-            if modified_ns != self._modified_ns:
-                self._from_file = _read_tokens(self._file)
-                self._modified_ns = modified_ns
-        except OSError as error:
-            if self._modified_ns < 0:
-                raise ConfigError(f"auth.tokens_file = {self._file}: cannot be read ({error.strerror})") from None
-            # While a secret is being replaced its file can be gone for a moment: what was read last still holds.
+        with suppress(ConfigError, OSError):
+            if self._file.stat().st_mtime_ns != self._modified_ns:
+                self._modified_ns, tokens = _read_tokens(self._file)
+                self._from_file = tuple(token for token in tokens if len(token) >= SHORTEST_TOKEN)
 
 
-def _read_tokens(file: Path) -> tuple[str, ...]:
-    lines = (line.strip() for line in file.read_text().splitlines())
-    return tuple(line for line in lines if line and not line.startswith("#"))
+def _read_tokens(file: Path) -> tuple[int, tuple[str, ...]]:
+    """When the file was last written, in nanoseconds, and its tokens. Raises `ConfigError`."""
+    try:
+        modified_ns = file.stat().st_mtime_ns
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise ConfigError(f"auth.tokens_file = {file}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"auth.tokens_file = {file}: is not UTF-8 text; write one token a line") from None
+    return modified_ns, tuple(line for line in lines if line and not line.startswith("#"))
 
 
 def _given_token(authorization: str) -> bytes | None:

@@ -34,6 +34,15 @@ Compute = Callable[[Sequence[EncodedTriple]], list[Outcome]]
 RATE_WEIGHT = 0.2
 """Of the newest engine call in the moving average of the engine's speed: the last ten or so decide."""
 
+TELLING_FRACTION = 0.5
+"""Of the token budget: an engine call that holds less tells of its fixed cost, and little of the engine's speed."""
+
+DEAD_ENTRIES = 64
+"""That a queue may hold beside as many as wait: of calls that were cancelled, or that went along with others."""
+
+
+SHUTTING_DOWN = "the endpoint is shutting down; ask again"
+
 
 @dataclass(frozen=True, slots=True)
 class Computed:
@@ -93,9 +102,17 @@ class Batcher:
     """
 
     def __init__(
-        self, compute: Compute, *, token_budget: int, batch_wait_s: float = 0.005, bulk_share: float = 0.125
+        self,
+        compute: Compute,
+        *,
+        token_budget: int,
+        batch_wait_s: float = 0.005,
+        bulk_share: float = 0.125,
+        share_prefixes: bool = True,
     ) -> None:
+        """`share_prefixes` is whether `compute` shares them, on which the cost of rows depends."""
         self._compute = compute
+        self._share_prefixes = share_prefixes
         self._batch_wait_s = batch_wait_s
         self._bulk_share = bulk_share
         self._loop = asyncio.get_running_loop()
@@ -103,6 +120,7 @@ class Batcher:
         self._order = itertools.count()
         self._by_key: defaultdict[bytes, list[_Chunk]] = defaultdict(list)
         self._pending: dict[Priority, int] = {"interactive": 0, "bulk": 0}
+        self._waiting_chunks: dict[Priority, int] = {"interactive": 0, "bulk": 0}
         self._in_flight_tokens = 0
         self._virtual_time = 0.0
         self._bulk_credit = 0.0
@@ -116,7 +134,7 @@ class Batcher:
         """Computed tokens of one engine call."""
 
         self.tokens_per_s: float | None = None
-        """Computed tokens per second of engine time, of late; None until there was a first engine call."""
+        """Computed tokens per second of engine time, of late; None until an engine call was half full."""
 
         self.computing_since: float | None = None
         """When the engine call in progress began, by `time.monotonic`; None between calls."""
@@ -124,9 +142,11 @@ class Batcher:
     async def run(self, rows: Sequence[EncodedTriple], *, priority: Priority, deadline: float) -> Computed:
         """The outcome of each row, in order. `deadline` is a time of `time.monotonic`.
 
-        Raises `DeadlineExceeded`, or the error that took the engine away. When the awaiting task is cancelled, rows
-        that were not started never are.
+        Raises `DeadlineExceeded`, `Unavailable` after `close`, or the error that took the engine away. When the
+        awaiting task is cancelled, rows that were not started never are.
         """
+        if self._is_closing:
+            raise Unavailable(SHUTTING_DOWN)
         now = time.monotonic()
         if not rows:
             return Computed([], 0.0, 0.0)
@@ -144,6 +164,7 @@ class Batcher:
             self._calls.discard(call)
             for chunk in chunks:
                 self._withdraw(chunk)
+            self._forget_the_dead(priority)
         started = call.started if call.started is not None else now
         return Computed(outcomes, started - now, time.monotonic() - started)
 
@@ -172,7 +193,7 @@ class Batcher:
         self._arrived.set()
         await asyncio.gather(self._worker, return_exceptions=True)
         for call in tuple(self._calls):
-            call.fail(Unavailable("the endpoint is shutting down; ask again"))
+            call.fail(Unavailable(SHUTTING_DOWN))
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     @property
@@ -184,7 +205,7 @@ class Batcher:
         if not any(self._queues.values()):
             self._waiting_since = call.arrived
         self._calls.add(call)
-        chunks = list(_chunks(call, self.token_budget))
+        chunks = list(_chunks(call, self.token_budget, self._share_prefixes))
         start = self._virtual_time
         for chunk in chunks:
             heapq.heappush(self._queues[call.priority], (start, next(self._order), chunk))
@@ -192,21 +213,30 @@ class Batcher:
                 start += chunk.tokens
             self._by_key[chunk.key].append(chunk)
             self._pending[call.priority] += chunk.tokens
+        self._waiting_chunks[call.priority] += len(chunks)
         self._arrived.set()
         return chunks
 
     def _withdraw(self, chunk: _Chunk) -> None:
-        """Take a chunk out of the queue, if it still waits; its place in the heap is left until it comes up."""
+        """Take a chunk out of the queue, if it still waits; its place in the heap may be left until it comes up."""
         if chunk.is_waiting:
             self._leave_queue(chunk)
             self._pending[chunk.call.priority] -= chunk.tokens
 
     def _leave_queue(self, chunk: _Chunk) -> None:
         chunk.is_waiting = False
+        self._waiting_chunks[chunk.call.priority] -= 1
         same = self._by_key[chunk.key]
         same.remove(chunk)
         if not same:
             del self._by_key[chunk.key]
+
+    def _forget_the_dead(self, priority: Priority) -> None:
+        """Callers that hang up and ask again would else fill a queue, whose end is far off, with their rows."""
+        queue = self._queues[priority]
+        if len(queue) > 2 * self._waiting_chunks[priority] + DEAD_ENTRIES:
+            queue[:] = [entry for entry in queue if entry[2].is_waiting]
+            heapq.heapify(queue)
 
     async def _work(self) -> None:
         while not self._is_closing:
@@ -301,19 +331,21 @@ class Batcher:
                 self._pending[chunk.call.priority] -= chunk.tokens
 
     def _measure(self, computed_tokens: int, seconds: float) -> None:
+        if computed_tokens < TELLING_FRACTION * self.token_budget:
+            return
         rate = computed_tokens / max(seconds, 1e-6)
         self.tokens_per_s = (
             rate if self.tokens_per_s is None else self.tokens_per_s + RATE_WEIGHT * (rate - self.tokens_per_s)
         )
 
 
-def _chunks(call: _Call, token_budget: int) -> Iterator[_Chunk]:
+def _chunks(call: _Call, token_budget: int, share_prefixes: bool) -> Iterator[_Chunk]:
     """The call's rows by what they begin with, groups in order of arrival, those beyond the budget in parts."""
     groups: dict[bytes, list[int]] = {}
     for place, row in enumerate(call.rows):
         groups.setdefault(row.ids[: row.halfway].tobytes(), []).append(place)
     for key, places in groups.items():
-        prefix_tokens = min(call.rows[place].shareable for place in places)
+        prefix_tokens = min(call.rows[place].shareable for place in places) if share_prefixes else 0
         part: list[int] = []
         own_tokens = 0
         for place in places:

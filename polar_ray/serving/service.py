@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Self, get_args
+from typing import Self, TypeVar, get_args
 
 from polar_ray.config import ServeConfig
 from polar_ray.encoding.encode import EncodedTriple
@@ -24,6 +24,7 @@ from polar_ray.errors import (
     ReceiptMismatch,
     RequestTooLarge,
     TripleError,
+    TripleTooLong,
 )
 from polar_ray.model.locate import is_untrained, locate_model
 from polar_ray.receipts import Receipt, build_receipt
@@ -31,7 +32,7 @@ from polar_ray.scoring import CANARY, Outcome, Scorer, has_gpu, scored_row
 from polar_ray.serving.admission import Admission
 from polar_ray.serving.batcher import Batcher, Computed
 from polar_ray.serving.metrics import Metrics
-from polar_ray.triples import Rendered, Row, Scored, Text, TokenIds, Triple
+from polar_ray.triples import TEXT_FIELDS, Rendered, Row, Scored, Text, TokenIds, Triple
 from polar_ray.wire import (
     CallOptions,
     LimitsReply,
@@ -43,8 +44,14 @@ from polar_ray.wire import (
     UsageReply,
 )
 
+T = TypeVar("T")
+
 ENCODING_THREADS = 2
-"""SentencePiece works in one thread a call; a second keeps a small call from waiting for a large one."""
+"""SentencePiece works in one thread a call; a second lets one call be encoded while another is read."""
+
+ENCODING_TOKENS = 8192
+"""Rows that are encoded at a time have about so many. SentencePiece lets no other thread run meanwhile, so that takes
+some 30 ms; between two times other callers have their turn, and a call that nobody waits for any more ends."""
 
 QUEUED_ENGINE_CALLS = 64
 """Engine calls' worth of tokens that may wait, where `queue.max_queued_tokens` does not say."""
@@ -117,6 +124,7 @@ class RewardService:
             token_budget=model.scorer.token_budget,
             batch_wait_s=config.queue.batch_wait_s,
             bulk_share=config.queue.bulk_share,
+            share_prefixes=model.scorer.shares_prefixes,
         )
         limit = config.queue.max_queued_tokens or QUEUED_ENGINE_CALLS * model.scorer.token_budget
         self._admission = Admission(self._batcher, limit)
@@ -140,11 +148,13 @@ class RewardService:
         """
         arrived = time.monotonic() if arrived is None else arrived
         deadline = arrived + (options.deadline_s or self.config.queue.default_deadline_s)
-        self._check(rows, options)
+        self.check_size(len(rows))
+        self._check_receipt(options)
         encoded = await self._encode(rows, options, deadline)
         encoded_at = time.monotonic()
         computable = [row for row in encoded if isinstance(row, EncodedTriple)]
-        self._admission.check_deadline(_cost(computable), options.priority, deadline - encoded_at)
+        cost = _cost(computable, share_prefixes=self.model.scorer.shares_prefixes)
+        self._admission.check_deadline(cost, options.priority, deadline - encoded_at)
         computed = await self._batcher.run(computable, priority=options.priority, deadline=deadline)
         scored = _join(rows, encoded, computed)
         self.metrics.count_rows(scored, computed.queue_s)
@@ -183,6 +193,7 @@ class RewardService:
                 **limits,
                 max_rows=self.config.requests.max_rows,
                 max_body_bytes=self.config.requests.max_body_bytes,
+                max_text_characters=self.config.requests.max_text_characters,
                 max_queued_tokens=self._admission.max_queued_tokens,
                 default_deadline_s=self.config.queue.default_deadline_s,
             ),
@@ -204,12 +215,17 @@ class RewardService:
         self._encoders.shutdown(wait=False, cancel_futures=True)
         self.model.scorer.close()
 
-    def _check(self, rows: Sequence[Row], options: CallOptions) -> None:
+    def check_size(self, rows: int) -> None:
+        """Raise `RequestTooLarge` if no request may have so many."""
         most = self.config.requests.max_rows
-        if len(rows) > most:
-            raise RequestTooLarge(
-                f"{len(rows)} rows, and requests.max_rows = {most}; send them in parts", max_rows=most
-            )
+        if rows > most:
+            raise RequestTooLarge(f"{rows} rows, and requests.max_rows = {most}; send them in parts", max_rows=most)
+
+    async def aside(self, work: Callable[[], T]) -> T:
+        """What `work` returns, called where it holds up no other caller: for bodies and replies that are large."""
+        return await self._loop.run_in_executor(self._encoders, work)
+
+    def _check_receipt(self, options: CallOptions) -> None:
         if options.expect_receipt is not None and options.expect_receipt != self.receipt_id:
             raise ReceiptMismatch(
                 f"this endpoint's receipt is {self.receipt_id}, not the expected one; GET /v1/models says why",
@@ -219,27 +235,49 @@ class RewardService:
     async def _encode(
         self, rows: Sequence[Row], options: CallOptions, deadline: float
     ) -> list[EncodedTriple | TripleError]:
-        with self._admission.reserve(_guess_tokens(rows), options.priority):
+        rows = [self._too_long(row) or row for row in rows]
+        encoded: list[EncodedTriple | TripleError] = []
+        with self._admission.reserve(sum(map(_guess_tokens, rows)), options.priority):
             try:
                 async with asyncio.timeout_at(deadline):
-                    return await self._loop.run_in_executor(self._encoders, self.model.scorer.encode, rows)
+                    for part in _parts(rows):
+                        encoded += await self._loop.run_in_executor(self._encoders, self.model.scorer.encode, part)
             except TimeoutError:
                 raise DeadlineExceeded("the deadline passed while the rows were encoded") from None
+        return encoded
+
+    def _too_long(self, row: Row) -> TripleTooLong | None:
+        most = self.config.requests.max_text_characters
+        for field, length in _lengths(row).items():
+            if length > most:
+                return TripleTooLong(
+                    f"{field}: {length} characters, and requests.max_text_characters = {most}; shorten it", field=field
+                )
+        return None
 
     def _compute(self, rows: Sequence[EncodedTriple]) -> list[Outcome]:
         """In the engine's thread."""
         scorer = self.model.scorer
         before = scorer.usage.copy()
-        outcomes = scorer.compute(rows)
+        try:
+            outcomes = scorer.compute(rows)
+        except Exception:
+            self._raise_if_broken()
+            raise
         used = scorer.usage - before
         self.metrics.count_engine_call(used.computed_tokens, used.engine_seconds)
-        if any(
-            isinstance(outcome.reward, EngineError) and outcome.reward.code == EngineError.code for outcome in outcomes
-        ):
-            self._is_broken = not scorer.score([CANARY])[0].is_ok
-            if self._is_broken:
-                raise EngineUnavailable(f"{BROKEN}; ask again, another replica takes its place")
+        if any(isinstance(outcome.reward, EngineError) for outcome in outcomes):
+            self._raise_if_broken()
         return outcomes
+
+    def _raise_if_broken(self) -> None:
+        """In the engine's thread, after a failure: are the rows to blame, or the engine?"""
+        try:
+            self._is_broken = not self.model.scorer.score([CANARY])[0].is_ok
+        except Exception:
+            self._is_broken = True
+        if self._is_broken:
+            raise EngineUnavailable(f"{BROKEN}; ask again, another replica takes its place") from None
 
 
 def freeze_heap() -> None:
@@ -252,23 +290,40 @@ def freeze_heap() -> None:
     gc.freeze()
 
 
-def _cost(rows: Sequence[EncodedTriple]) -> int:
-    """Tokens to compute for these rows alone, what their groups share counted once."""
+def _cost(rows: Sequence[EncodedTriple], *, share_prefixes: bool) -> int:
+    """Tokens to compute for these rows alone, what their groups share counted once if it is computed once."""
+    if not share_prefixes:
+        return sum(len(row.ids) for row in rows)
     prefixes = {row.ids[: row.halfway].tobytes(): row.shareable for row in rows}
     return sum(prefixes.values()) + sum(len(row.ids) - row.shareable for row in rows)
 
 
-def _guess_tokens(rows: Sequence[Row]) -> int:
-    return sum(_guess_row_tokens(row) for row in rows)
+def _parts(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """The rows in order, about `ENCODING_TOKENS` at a time."""
+    part: list[Row] = []
+    tokens = 0
+    for row in rows:
+        part.append(row)
+        tokens += _guess_tokens(row)
+        if tokens >= ENCODING_TOKENS:
+            yield part
+            part, tokens = [], 0
+    if part:
+        yield part
 
 
-def _guess_row_tokens(row: Row) -> int:
+def _guess_tokens(row: Row) -> int:
+    if isinstance(row, TokenIds):
+        return len(row.ids)
+    lengths = _lengths(row)
+    return (sum(lengths.values()) + lengths.get("prompt", 0)) // CHARACTERS_PER_TOKEN  # the prompt stands there twice
+
+
+def _lengths(row: Row) -> dict[str, int]:
+    """Characters of each text of a row."""
     if isinstance(row, Triple):
-        prompt, reference, output = map(_length, (row.prompt, row.reference, row.output))
-        return (2 * prompt + reference + output) // CHARACTERS_PER_TOKEN
-    if isinstance(row, Rendered):
-        return len(row.text) // CHARACTERS_PER_TOKEN
-    return len(row.ids) if isinstance(row, TokenIds) else 0
+        return {name: _length(getattr(row, name)) for name in TEXT_FIELDS}
+    return {"text": len(row.text)} if isinstance(row, Rendered) else {}
 
 
 def _length(text: Text) -> int:

@@ -136,7 +136,7 @@ def test_a_full_queue_says_when_to_come_back_and_is_right(deploy, truth):
 
     async def main():
         async with endpoint.client() as client:
-            await endpoint.score(client, triples[:4])  # so that the engine's speed is known
+            await endpoint.score(client, triples[:20])  # fills an engine call, so that the engine's speed is known
             first = await occupy(endpoint, client, 60)
             with pytest.raises(Overloaded) as refusal:
                 await endpoint.ask(client, triples)

@@ -15,7 +15,8 @@ from polar_ray.scoring import Scorer
 
 
 class FaultyEngine(FakeEngine):
-    """The fake engine, with a fault at every sequence that `is_bad` picks out: `raise`, `nan`, `short` or `die`."""
+    """The fake engine, with a fault at every sequence that `is_bad` picks out: `raise`,
+    `crash` (an error that is none of ours), `nan`, `short` or `die`."""
 
     def __init__(self, fault: str, is_bad: Callable[[np.ndarray], bool], token_budget: int = 4096) -> None:
         super().__init__(token_budget=token_budget)
@@ -33,6 +34,8 @@ class FaultyEngine(FakeEngine):
             os._exit(139)
         if self.fault == "raise":
             raise EngineError("a kernel failed")
+        if self.fault == "crash":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
         if self.fault == "short":
             return rewards[:-1]
         rewards[bad] = np.nan

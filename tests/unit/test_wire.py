@@ -107,8 +107,14 @@ def test_faults_are_counted_and_their_values_left_out():
     assert "secret" not in str(refused.value)
 
 
+def test_a_misspelt_option_of_a_query_string_is_refused():
+    assert parse_options({"deadline_s": "3", "think": "keep"}, others=("think",)).deadline_s == 3
+    with pytest.raises(RequestInvalid, match="deadlines: Extra inputs"):
+        parse_options({"deadlines": "3"})
+
+
 def test_options_of_a_query_string():
-    options = parse_options({"deadline_s": "2.5", "priority": "bulk", "think": "keep"})
+    options = parse_options({"deadline_s": "2.5", "priority": "bulk"})
     assert (options.deadline_s, options.priority, options.expect_receipt) == (2.5, "bulk", None)
     with pytest.raises(PolarRayError, match="priority"):
         parse_options({"priority": "first"})

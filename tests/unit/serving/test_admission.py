@@ -79,5 +79,9 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once():
     assert refused.value.details["retry_after_s"] == 6.0
 
 
+def test_an_idle_engine_is_tried_whatever_is_thought_of_its_speed():
+    Admission(Queue(tokens_per_s=0.001), 1000).check_deadline(100, "interactive", remaining_s=1.0)
+
+
 def test_nothing_is_foretold_while_the_speed_is_unknown():
     Admission(Queue(interactive=10**9), 1000).check_deadline(10**9, "bulk", remaining_s=0.001)

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import re
+import time
 
 import httpx
 import pyarrow as pa
@@ -146,9 +147,10 @@ def test_an_engine_that_fails_on_a_row_is_that_rows_affair(small_tokenizer, faul
     assert [row.status for row in with_api(test, config, model)] == ["ok", status, "ok"]
 
 
-def test_an_engine_that_fails_on_everything_makes_the_replica_unhealthy_and_no_row_is_blamed():
+@pytest.mark.parametrize("fault", ["raise", "crash", "nan", "short"])
+def test_an_engine_that_fails_on_everything_makes_the_replica_unhealthy_and_no_row_is_blamed(fault):
     config = serve_config()
-    engine = FaultyEngine("raise", lambda ids: True)
+    engine = FaultyEngine(fault, lambda ids: True)
 
     async def test(client, service):
         response = await client.post("/v1/rewards", json=CAPITAL)
@@ -211,6 +213,72 @@ def test_a_body_of_too_many_bytes_or_rows_is_refused():
         assert error_of(await client.post("/v1/rewards", content=unannounced())) == (413, "request_too_large")
 
     with_api(test, serve_config(requests={"max_rows": 10, "max_body_bytes": 4000}))
+
+
+def test_rows_are_counted_before_any_is_looked_at(monkeypatch):
+    def look(self):
+        raise AssertionError("rows were made")
+
+    monkeypatch.setattr("polar_ray.wire.RewardsRequest.rows", look)
+
+    async def test(client, service):
+        for body in ({"triples": [{}] * 11}, {"ids": [[1]] * 11}, {**CAPITAL, "outputs": ["o"] * 11}):
+            assert error_of(await client.post("/v1/rewards", json=body)) == (413, "request_too_large")
+
+    with_api(test, serve_config(requests={"max_rows": 10}))
+
+
+@pytest.mark.parametrize("field", ["prompt", "reference", "output"])
+def test_a_text_that_would_hold_everybody_up_is_its_own_rows_error(field):
+    async def test(client, service):
+        whole = {"prompt": "P", "reference": "R", "output": "O"}
+        long = {**whole, field: [{"role": "user", "content": "a" * 60}, {"role": "user", "content": "b" * 60}]}
+        response = await client.post("/v1/rewards", json={"triples": [whole, long]})
+        return RewardsReply.model_validate_json(response.content).rewards
+
+    first, second = with_api(test, serve_config(requests={"max_text_characters": 100}))
+    assert (first.status, second.status) == ("ok", "triple_too_long")
+    assert second.detail == f"{field}: 120 characters, and requests.max_text_characters = 100; shorten it"
+
+
+@pytest.fixture
+def slow_encoder(monkeypatch):
+    """Encodes one row at a time, ten milliseconds each; the number of rows it was given."""
+    monkeypatch.setattr("polar_ray.serving.service.ENCODING_TOKENS", 1)
+    encode, given = Scorer.encode, []
+
+    def slowly(self, rows):
+        given.extend(rows)
+        time.sleep(0.01)
+        return encode(self, rows)
+
+    monkeypatch.setattr(Scorer, "encode", slowly)
+    return given
+
+
+def test_a_small_call_is_encoded_between_the_rows_of_large_ones(slow_encoder):
+    async def test(client, service):
+        outputs = [f"output {n}" for n in range(100)]
+        large = [asyncio.create_task(client.post("/v1/rewards", json={**CAPITAL, "outputs": outputs})) for _ in "abc"]
+        while len(slow_encoder) < 5:
+            await asyncio.sleep(0.001)
+        await client.post("/v1/rewards", json=CAPITAL)
+        assert not any(task.done() for task in large)
+        replies = await asyncio.gather(*large)
+        assert [len(reply.json()["rewards"]) for reply in replies] == [100] * 3
+
+    with_api(test)
+
+
+def test_a_call_that_nobody_waits_for_is_not_encoded_to_its_end(slow_encoder):
+    async def test(client, service):
+        body = {**CAPITAL, "outputs": ["o"] * 500, "deadline_s": 0.05}
+        assert error_of(await client.post("/v1/rewards", json=body)) == (504, "deadline_exceeded")
+        assert service.pending_tokens == 0
+        assert (await client.post("/v1/rewards", json=CAPITAL)).status_code == 200
+
+    with_api(test)
+    assert len(slow_encoder) < 50
 
 
 def test_a_compressed_body_is_refused():

@@ -5,12 +5,14 @@ import json
 import pyarrow as pa
 import pytest
 
-from polar_ray.errors import RequestInvalid, RequestTooLarge, TripleError
+from polar_ray.config import RequestConfig
+from polar_ray.errors import RequestInvalid, RequestTooLarge, RowUnreadable, TripleError
+from polar_ray.serving import arrow
 from polar_ray.serving.arrow import REPLY_SCHEMA, read_rows, write_reply
 from polar_ray.triples import TokenIds, Triple
 from polar_ray.wire import ARROW_REPLY_KEY, RewardRow, RewardsReply, TimingsReply, UsageReply
 
-MOST = 1 << 20
+LIMITS = RequestConfig(max_rows=1000)
 
 
 def stream(table, **options):
@@ -28,7 +30,7 @@ def test_columns_of_triples():
             {"prompt": message, "reference": "R", "output": None, "wrapper": "pretrain", "id": None},
         ]
     )
-    first, second = read_rows(stream(table), MOST)
+    first, second = read_rows(stream(table), LIMITS)
     assert first == Triple(message, "R", "O", "sft", "a")
     assert isinstance(second, TripleError)
 
@@ -36,12 +38,12 @@ def test_columns_of_triples():
 @pytest.mark.parametrize("kind", [pa.list_(pa.int32()), pa.large_list(pa.int64()), pa.list_(pa.uint16())])
 def test_a_column_of_ids(kind):
     table = pa.table({"ids": pa.array([[1, 2, 3], [4]], kind)})
-    assert read_rows(stream(table), MOST) == [TokenIds([1, 2, 3]), TokenIds([4])]
+    assert read_rows(stream(table), LIMITS) == [TokenIds([1, 2, 3]), TokenIds([4])]
 
 
 def test_no_rows_are_no_rows():
     table = pa.table({name: pa.array([], pa.string()) for name in ("prompt", "reference", "output")})
-    assert read_rows(stream(table), MOST) == []
+    assert read_rows(stream(table), LIMITS) == []
 
 
 @pytest.mark.parametrize(
@@ -59,14 +61,14 @@ def test_no_rows_are_no_rows():
 )
 def test_another_layout_is_refused_by_name(table, says):
     with pytest.raises(RequestInvalid, match=says):
-        read_rows(stream(pa.table(table)), MOST)
+        read_rows(stream(pa.table(table)), LIMITS)
 
 
 def test_what_is_no_arrow_stream_is_refused():
     whole = stream(pa.table({"ids": [[1, 2, 3]] * 100}))
     for body in (b"", b"{}", b"\0" * 100, whole[: len(whole) // 2], whole[8:]):
         with pytest.raises(RequestInvalid, match="not an Arrow IPC stream"):
-            read_rows(body, MOST)
+            read_rows(body, LIMITS)
 
 
 def test_every_flipped_byte_is_read_or_refused():
@@ -75,18 +77,79 @@ def test_every_flipped_byte_is_read_or_refused():
         flipped = bytearray(whole)
         flipped[place] ^= 0xFF
         try:
-            rows = read_rows(bytes(flipped), MOST)
+            rows = read_rows(bytes(flipped), LIMITS)
         except (RequestInvalid, RequestTooLarge):
             continue
         assert len(rows) <= 1
 
 
-def test_a_stream_that_unpacks_to_too_much_is_refused():
+@pytest.mark.parametrize("compression", ["zstd", "lz4"])
+def test_buffers_that_are_compressed_are_refused_before_they_are_unpacked(compression):
     table = pa.table({"prompt": ["a" * 4_000_000], "reference": ["R"], "output": ["O"]})
-    body = stream(table, options=pa.ipc.IpcWriteOptions(compression="zstd"))
-    assert len(body) < 10_000
-    with pytest.raises(RequestTooLarge, match="unpacks to more"):
-        read_rows(body, MOST)
+    body = stream(table, options=pa.ipc.IpcWriteOptions(compression=compression))
+    assert len(body) < 100_000
+    before = pa.total_allocated_bytes()
+    with pytest.raises(RequestInvalid, match="without compression"):
+        read_rows(body, LIMITS)
+    assert pa.total_allocated_bytes() - before < 1_000_000
+
+
+TEXT = ["P", "P"]
+DICTIONARY = pa.DictionaryArray.from_arrays(pa.array([0, 0], pa.int8()), pa.array(["x" * 100]))
+NOTHING = pa.array(
+    [[{"content": None, "role": None}]] * 2, pa.list_(pa.struct({"content": pa.null(), "role": pa.null()}))
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [
+        ("output", DICTIONARY),
+        ("wrapper", DICTIONARY),
+        ("output", pa.array(TEXT, pa.string_view())),
+        ("output", pa.RunEndEncodedArray.from_arrays(pa.array([2], pa.int32()), pa.array(["P"]))),
+        ("output", pa.array([[None], [None]], pa.list_(pa.null()))),
+        ("output", NOTHING),
+        ("output", pa.array([1, 2])),
+        ("id", pa.array([2**62, 1], pa.timestamp("s"))),
+        ("id", pa.array([1, 1], pa.timestamp("s", "Nowhere/Land"))),
+        ("id", pa.array([1.5, 2.5])),
+    ],
+)
+def test_types_that_are_larger_than_they_look_or_no_text_are_refused_by_name(name, column):
+    table = pa.table({"prompt": TEXT, "reference": TEXT, "output": TEXT} | {name: column})
+    with pytest.raises(RequestInvalid, match=f"{name}: expected .*cast the column"):
+        read_rows(stream(table), LIMITS)
+
+
+def test_rows_are_counted_before_any_is_made():
+    nulls = pa.nulls(50_000_000)
+    body = stream(pa.table(dict.fromkeys(("prompt", "reference", "output"), nulls)))
+    assert len(body) < 1000
+    with pytest.raises(RequestTooLarge, match=r"requests\.max_rows = 1000"):
+        read_rows(body, LIMITS)
+
+
+def test_messages_are_counted_before_any_is_made(monkeypatch):
+    monkeypatch.setattr(arrow, "MOST_MESSAGES", 5)
+    message = [{"role": "user", "content": "P"}] * 3
+    table = pa.table({"prompt": [message], "reference": ["R"], "output": [message]})
+    with pytest.raises(RequestTooLarge, match="more than 5 messages"):
+        read_rows(stream(table), LIMITS)
+
+
+def test_a_text_that_is_not_utf8_is_its_own_rows_affair():
+    broken = pa.array([b"fine", b"a\xff"]).view(pa.string())
+    for name in ("output", "id"):
+        table = pa.table({"prompt": TEXT, "reference": TEXT, "output": TEXT} | {name: broken})
+        first, second = read_rows(stream(table), LIMITS)
+        assert isinstance(first, Triple)
+        assert isinstance(second, RowUnreadable)
+
+
+def test_ids_of_rows_may_be_numbers():
+    table = pa.table({"prompt": TEXT, "reference": TEXT, "output": TEXT, "id": [7, None]})
+    assert [row.id for row in read_rows(stream(table), LIMITS)] == ["7", None]
 
 
 def test_a_reply_has_its_rows_as_columns_and_the_rest_beside_them():

@@ -91,6 +91,34 @@ def test_a_file_that_is_emptied_or_gone_opens_nothing(tmp_path):
     assert not passes(gate, None)
 
 
+@pytest.mark.parametrize("content", ["", "# the trainer's\n\n"])
+def test_a_file_without_a_token_does_not_leave_the_door_open(tmp_path, content):
+    file = tmp_path / "tokens"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match="a token is required and there are none"):
+        Gate(AuthConfig(tokens_file=file))
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"short"])
+def test_a_rotated_file_that_is_no_good_lets_nobody_in_by_mistake(tmp_path, content):
+    file = tmp_path / "tokens"
+    file.write_text(FIRST)
+    gate = Gate(AuthConfig(tokens_file=file))
+    file.write_bytes(content)
+    os.utime(file, ns=(4, 4))
+    assert not passes(gate, bearer("short"))
+    assert not passes(gate, bearer(SECOND))
+    file.write_text(SECOND)
+    os.utime(file, ns=(5, 5))
+    assert passes(gate, bearer(SECOND))
+
+
+def test_a_file_that_is_no_text_is_said_at_the_start(tmp_path):
+    (tmp_path / "tokens").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
+        Gate(AuthConfig(tokens_file=tmp_path / "tokens"))
+
+
 def test_required_tokens_that_are_missing_are_said_at_the_start(tmp_path):
     with pytest.raises(ConfigError, match="POLAR_RAY_TOKENS where replicas run"):
         Gate(AuthConfig(mode="required"))

@@ -342,6 +342,71 @@ def test_the_wait_is_foretold_from_the_queue_and_the_engines_speed(engine):
     run(test())
 
 
+def test_only_calls_that_fill_the_engine_tell_of_its_speed(engine):
+    """One of a single row is mostly fixed cost: a queue judged by it would look many times longer than it is."""
+
+    async def test():
+        batcher = await start(engine)
+        engine.seconds = 0.01
+        await ask(batcher, rows(1, 1))
+        assert batcher.tokens_per_s is None
+        await ask(batcher, rows(1, *range(12)))
+        known = batcher.tokens_per_s
+        assert known is not None
+        for _ in range(5):
+            await ask(batcher, rows(1, 1))
+        assert batcher.tokens_per_s == known
+        await batcher.close()
+
+    run(test())
+
+
+def test_callers_that_leave_and_ask_again_do_not_pile_up(engine):
+    async def test():
+        batcher = await start(engine)
+        busy = await hold(engine, batcher)
+        stays = asyncio.create_task(ask(batcher, rows(5, 1)))
+        for _ in range(20):
+            gone = asyncio.create_task(ask(batcher, [row(group, 0) for group in range(100, 200)]))
+            await asyncio.sleep(0)
+            gone.cancel()
+            await asyncio.sleep(0.001)
+        assert len(batcher._queues["interactive"]) < 200
+        engine.let_go.set()
+        assert await stays == [reward(row(5, 1))]
+        await busy
+        await batcher.close()
+
+    run(test())
+
+
+def test_rows_cost_their_whole_length_where_prefixes_are_not_shared(engine):
+    async def test(share_prefixes):
+        batcher = await start(engine, token_budget=1000, share_prefixes=share_prefixes)
+        busy = await hold(engine, batcher)
+        before = batcher.pending_tokens()
+        group = asyncio.create_task(ask(batcher, rows(1, *range(8))))
+        await asyncio.sleep(0)
+        cost = batcher.pending_tokens() - before
+        engine.let_go.set()
+        await asyncio.gather(busy, group)
+        await batcher.close()
+        return cost
+
+    assert run(test(True)) == PREFIX + 8 * OWN
+    assert run(test(False)) == 8 * (PREFIX + OWN)
+
+
+def test_a_closed_batcher_refuses_at_once(engine):
+    async def test():
+        batcher = await start(engine)
+        await batcher.close()
+        with pytest.raises(Unavailable):
+            await ask(batcher, rows(1, 1))
+
+    run(test())
+
+
 def test_a_storm_of_callers_leaves_nothing_behind(engine):
     """Five hundred calls, some cancelled, some late, of all sizes: who is answered is answered right."""
 
