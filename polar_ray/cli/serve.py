@@ -20,8 +20,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from polar_ray.config import ServeConfig, load_config, ray_address, tokens_from_environment
+from polar_ray.config import ServeConfig, load_config, ray_address
 from polar_ray.errors import ConfigError, EngineStartError
+from polar_ray.serving.auth import Gate
 from polar_ray.wire import REWARDS_PATH
 
 if TYPE_CHECKING:
@@ -137,7 +138,8 @@ def _wait_for_proxy(settings: ServeConfig) -> None:
     deadline = time.monotonic() + PROXY_SECONDS
     while time.monotonic() < deadline:
         try:
-            if httpx.get(f"{_local_url(settings)}/healthz").is_success:
+            # Of this machine, whatever HTTP_PROXY says about the world.
+            if httpx.get(f"{_local_url(settings)}/healthz", trust_env=False).is_success:
                 return
         except httpx.TransportError:
             pass
@@ -168,9 +170,8 @@ def _take_down() -> None:
 
 
 def _refuse_open_doors(settings: ServeConfig) -> None:
-    """An address that others reach wants tokens, unless it was said that it does not."""
-    has_tokens = settings.auth.tokens_file is not None or bool(tokens_from_environment())
-    if not has_tokens and settings.auth.mode == "auto" and not _is_loopback(settings.http.host):
+    """An address that others reach wants tokens, unless it was said that it does not; and tokens must be there."""
+    if _is_open(settings) and settings.auth.mode == "auto" and not _is_loopback(settings.http.host):
         raise ConfigError(
             f"http.host = {settings.http.host!r} is open to the network and there are no tokens; give --tokens-file or "
             "POLAR_RAY_TOKENS, or say --set auth.mode=none"
@@ -179,8 +180,11 @@ def _refuse_open_doors(settings: ServeConfig) -> None:
 
 def _refuse_taken_port(settings: ServeConfig) -> None:
     http = settings.http
+    family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
     try:
-        with socket.create_server((http.host, http.port)):
+        # Ray listens at `::` for IPv4 as well.
+        both = http.host == "::" and socket.has_dualstack_ipv6()
+        with socket.create_server((http.host, http.port), family=family, dualstack_ipv6=both):
             pass
     except OSError as error:
         raise ConfigError(
@@ -236,7 +240,8 @@ def _show(settings: ServeConfig, described: ModelReply) -> None:
     how = f"{receipt['engine']}, {receipt['dtype']} on {receipt['device']}, {settings.replicas} replica(s)"
     table.add_row("model", f"{described.id}: {how}")
     table.add_row("receipt", described.receipt_id)
-    table.add_row("callers", "anybody on this machine" if _is_open(settings) else "with a token")
+    anybody = "anybody on this machine" if _is_loopback(settings.http.host) else "anybody"
+    table.add_row("callers", anybody if _is_open(settings) else "with a token")
     Console().print(table)
     if described.untrained:
         Console(stderr=True).print(UNTRAINED, style="yellow", soft_wrap=True)
@@ -244,6 +249,4 @@ def _show(settings: ServeConfig, described: ModelReply) -> None:
 
 
 def _is_open(settings: ServeConfig) -> bool:
-    from polar_ray.serving.auth import Gate
-
     return Gate(settings.auth).is_open

@@ -56,10 +56,10 @@ def credentials(url: httpx.URL, token: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"}
 
 
-def ssl_context(verify: bool | str) -> bool | ssl.SSLContext:
-    """What httpx checks certificates by; a string names a CA's file. Raises `ConfigError` if it cannot be read."""
+def ssl_context(verify: bool | str) -> ssl.SSLContext:
+    """What certificates are checked by; a string names a CA's file. Raises `ConfigError` if it cannot be read."""
     if isinstance(verify, bool):
-        return verify
+        return httpx.create_ssl_context(verify, trust_env=False)
     try:
         return ssl.create_default_context(cafile=verify)
     except OSError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from math import isfinite
 from types import TracebackType
@@ -14,7 +14,8 @@ import httpx
 from pydantic import ValidationError
 
 from polar_ray.client.address import base_url, credentials, shown, ssl_context
-from polar_ray.client.parts import Part, fault_of, split_ids, split_triples
+from polar_ray.client.connections import Connections
+from polar_ray.client.parts import Part, fault_of, fault_of_ids, split_ids, split_triples
 from polar_ray.client.progress import row_progress
 from polar_ray.client.retry import retrying
 from polar_ray.config import endpoint_token
@@ -81,12 +82,12 @@ class AsyncRewardClient:
             raise ConfigError("max_in_flight, rows_per_request and deadline_s must be positive")
         url = base_url(address)
         self._url = url.copy_with(username=None, password=None)  # httpx logs the URL of every request
-        self._http = httpx.AsyncClient(
+        self._connections = Connections(
+            max_in_flight,
             base_url=self._url,
             headers=credentials(url, token or endpoint_token()),
             verify=ssl_context(verify),
             trust_env=False,  # an endpoint is on the cluster's own network, where a proxy for the world has no business
-            limits=httpx.Limits(max_connections=max_in_flight, max_keepalive_connections=max_in_flight),
         )
         self._options: dict[str, Any] = {"priority": priority}
         if expect_receipt is not None:
@@ -111,15 +112,15 @@ class AsyncRewardClient:
         last one raised.
         """
         given = list(triples)
-        refused = {place: error for place, triple in enumerate(given) if (error := fault_of(triple)) is not None}
-        sendable = [place for place in range(len(given)) if place not in refused]
-        parts = split_triples([given[place] for place in sendable], self._rows_per_request)
-        with row_progress(len(sendable)) if progress else nullcontext(_ignore) as on_rows:
-            answers = iter(await self._run(parts, len(sendable), deadline_s, on_rows))
-        return [
-            Scored(None, refused[place].code, str(refused[place]), id=triple.id) if place in refused else next(answers)
+        refused = {
+            place: Scored(None, fault.code, str(fault), id=None if triple.id is None else str(triple.id))
             for place, triple in enumerate(given)
-        ]
+            if (fault := fault_of(triple)) is not None
+        }
+        sendable = [triple for place, triple in enumerate(given) if place not in refused]
+        parts = split_triples(sendable, self._rows_per_request)
+        with row_progress(len(sendable)) if progress else nullcontext(_ignore) as on_rows:
+            return _in_place(refused, await self._run(parts, len(sendable), deadline_s, on_rows))
 
     async def score_group(
         self,
@@ -136,7 +137,14 @@ class AsyncRewardClient:
 
     async def score_ids(self, sequences: Sequence[TokenIds], *, deadline_s: float | None = None) -> list[Scored]:
         """One `Scored` per encoded sequence, in order. Raises as `score` does."""
-        return await self._run(split_ids(sequences, self._rows_per_request), len(sequences), deadline_s, _ignore)
+        refused = {
+            place: Scored(None, fault.code, str(fault))
+            for place, sequence in enumerate(sequences)
+            if (fault := fault_of_ids(sequence)) is not None
+        }
+        sendable = [sequence for place, sequence in enumerate(sequences) if place not in refused]
+        parts = split_ids(sendable, self._rows_per_request)
+        return _in_place(refused, await self._run(parts, len(sendable), deadline_s, _ignore))
 
     async def rewards(self, triples: Iterable[Triple], *, deadline_s: float | None = None) -> list[float]:
         """The reward of each triple, in order. Raises, besides what `score` raises, the first failed row's error."""
@@ -152,7 +160,7 @@ class AsyncRewardClient:
 
     async def aclose(self) -> None:
         """Let go of the connections. May be called twice."""
-        await self._http.aclose()
+        await self._connections.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -222,7 +230,7 @@ class AsyncRewardClient:
             raise DeadlineExceeded("the deadline of the call is over")
         content = None if body is None else {**body, "deadline_s": min(remaining, LONGEST_DEADLINE_S)}
         async with self._translated(), asyncio.timeout(remaining + LATE_REPLY_S):  # httpx's own are for each read
-            response = await self._http.request(
+            response = await self._connections.request(
                 method, f".{path}", json=content, timeout=httpx.Timeout(None, connect=remaining)
             )
         if response.status_code != httpx.codes.OK:
@@ -252,6 +260,13 @@ def reward_of(place: int, row: Scored) -> float:
         return row.reward
     kind = error_kinds().get(row.status, PolarRayError)
     raise kind(f"row {place}: {row.detail}", row=place)
+
+
+def _in_place(refused: Mapping[int, Scored], answers: Sequence[Scored]) -> list[Scored]:
+    """The rows that were sent and those that were not, in the caller's order."""
+    remaining = iter(answers)
+    places = range(len(refused) + len(answers))
+    return [refused[place] if place in refused else next(remaining) for place in places]
 
 
 def _check_reply(reply: RewardsReply, n_rows: int) -> None:

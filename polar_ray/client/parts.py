@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +70,12 @@ def split_ids(sequences: Sequence[TokenIds], rows_per_request: int) -> Iterator[
 
 
 def _ids_part(sequences: Sequence[TokenIds], places: list[int]) -> Part:
-    return Part(places, {"ids": [list(sequences[place].ids) for place in places]})
+    return Part(places, {"ids": [_whole_numbers(sequences[place]) for place in places]})
+
+
+def _whole_numbers(sequence: TokenIds) -> list[int]:
+    """The ids as Python's own. Raises `TypeError` where one is no whole number, of whichever library."""
+    return list(map(operator.index, sequence.ids))
 
 
 def _group_key(triple: Triple) -> str:
@@ -98,6 +104,27 @@ def fault_of(triple: Triple) -> TripleError | None:
         for field in TEXT_FIELDS:
             join_text(getattr(triple, field), field)
         parse_wrapper(triple.wrapper)
+        for where, label in _labels(triple):
+            join_text(label, where)
     except TripleError as error:
         return error
+    return None
+
+
+def _labels(triple: Triple) -> Iterator[tuple[str, str]]:
+    """What travels with the texts and is not read: the id and the roles, as they are sent."""
+    if triple.id is not None:
+        yield "id", str(triple.id)
+    for field in TEXT_FIELDS:
+        text = text_to_json(getattr(triple, field))
+        if not isinstance(text, str):
+            yield from ((f"{field}[{place}].role", message["role"]) for place, message in enumerate(text))
+
+
+def fault_of_ids(sequence: TokenIds) -> TripleError | None:
+    """Why a sequence cannot be sent at all: something that is not a list of whole numbers."""
+    try:
+        _whole_numbers(sequence)
+    except TypeError as error:
+        return TripleError(f"ids: expected whole numbers ({error})", field="ids")
     return None

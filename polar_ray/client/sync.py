@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import CancelledError
+from functools import partial
 from types import TracebackType
-from typing import Any, Self
-
-from anyio.from_thread import BlockingPortal, start_blocking_portal
+from typing import Any, Self, TypeVar
 
 from polar_ray.client.aio import AsyncRewardClient
+from polar_ray.client.thread import CLOSED, ClientThread
+from polar_ray.errors import ServingError
 from polar_ray.triples import Scored, Text, TokenIds, Triple, Wrapper
 from polar_ray.wire import ModelReply
+
+T = TypeVar("T")
 
 
 class RewardClient:
@@ -21,30 +25,31 @@ class RewardClient:
         with RewardClient("127.0.0.1:8000") as client:
             rewards = client.rewards([Triple(prompt, reference, output), ...])
 
-    Safe to use from several threads, in notebooks (where a loop is running already) and in Ray actors.
+    Safe to use from several threads, in notebooks (where a loop is running already), in Ray actors, and in a forked
+    child, which opens connections of its own. Ctrl-C in a call takes it back; closing does so with calls of other
+    threads, which raise `ServingError`, as calls of a closed client do.
     """
 
     def __init__(self, address: str | None = None, **options: Any) -> None:
         """`options` are those of `AsyncRewardClient`."""
-        self._client = AsyncRewardClient(address, **options)
-        thread = start_blocking_portal()
-        self._portal = thread.__enter__()
-        self._close = weakref.finalize(self, _close, self._client, self._portal, thread)
+        self._make_client = partial(AsyncRewardClient, address, **options)
+        self._reopening = threading.Lock()
+        self._open()
 
     def __repr__(self) -> str:
-        return repr(self._client).removeprefix("Async")
+        return repr(self._thread.client).removeprefix("Async")
 
     @property
     def receipt_id(self) -> str | None:
         """Of the last reply; None before there was one."""
-        return self._client.receipt_id
+        return self._thread.client.receipt_id
 
     def score(
         self, triples: Iterable[Triple], *, deadline_s: float | None = None, progress: bool = False
     ) -> list[Scored]:
         """As `AsyncRewardClient.score`."""
         given = list(triples)
-        return self._portal.call(lambda: self._client.score(given, deadline_s=deadline_s, progress=progress))
+        return self._call(lambda client: client.score(given, deadline_s=deadline_s, progress=progress))
 
     def score_group(
         self,
@@ -56,22 +61,22 @@ class RewardClient:
         deadline_s: float | None = None,
     ) -> list[Scored]:
         """As `AsyncRewardClient.score_group`."""
-        return self._portal.call(
-            lambda: self._client.score_group(prompt, reference, outputs, wrapper=wrapper, deadline_s=deadline_s)
+        return self._call(
+            lambda client: client.score_group(prompt, reference, outputs, wrapper=wrapper, deadline_s=deadline_s)
         )
 
     def score_ids(self, sequences: Sequence[TokenIds], *, deadline_s: float | None = None) -> list[Scored]:
         """As `AsyncRewardClient.score_ids`."""
-        return self._portal.call(lambda: self._client.score_ids(sequences, deadline_s=deadline_s))
+        return self._call(lambda client: client.score_ids(sequences, deadline_s=deadline_s))
 
     def rewards(self, triples: Iterable[Triple], *, deadline_s: float | None = None) -> list[float]:
         """As `AsyncRewardClient.rewards`."""
         given = list(triples)
-        return self._portal.call(lambda: self._client.rewards(given, deadline_s=deadline_s))
+        return self._call(lambda client: client.rewards(given, deadline_s=deadline_s))
 
     def model(self, *, deadline_s: float | None = None) -> ModelReply:
         """As `AsyncRewardClient.model`."""
-        return self._portal.call(lambda: self._client.model(deadline_s=deadline_s))
+        return self._call(lambda client: client.model(deadline_s=deadline_s))
 
     def close(self) -> None:
         """Let go of the connections and the thread. May be called twice; a client that is forgotten closes itself."""
@@ -85,7 +90,26 @@ class RewardClient:
     ) -> None:
         self.close()
 
+    def _open(self) -> None:
+        self._thread = ClientThread(self._make_client())
+        self._close = weakref.finalize(self, self._thread.close)
 
-def _close(client: AsyncRewardClient, portal: BlockingPortal, thread: AbstractContextManager[BlockingPortal]) -> None:
-    portal.call(client.aclose)
-    thread.__exit__(None, None, None)
+    def _call(self, ask: Callable[[AsyncRewardClient], Coroutine[Any, Any, T]]) -> T:
+        future = self._thread_here().start(ask)
+        try:
+            return future.result()
+        except CancelledError:
+            raise ServingError(CLOSED) from None
+        except BaseException:  # an interrupt, for one: nobody waits for what would go on
+            future.cancel()
+            raise
+
+    def _thread_here(self) -> ClientThread:
+        """This process's thread; a forked child has none until it asks for something."""
+        if not self._thread.is_of_this_process:
+            with self._reopening:
+                if not self._close.alive:
+                    raise ServingError(CLOSED)
+                if not self._thread.is_of_this_process:
+                    self._open()
+        return self._thread

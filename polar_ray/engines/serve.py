@@ -9,9 +9,9 @@ import numpy as np
 from polar_ray.client import RewardClient
 from polar_ray.errors import (
     EngineError,
+    EngineProtocolError,
     EngineUnavailable,
     NonFiniteReward,
-    ReceiptMismatch,
     ServingError,
 )
 from polar_ray.planning import Batch, Rewards
@@ -29,7 +29,9 @@ class ServeEngine:
     """Keeps the promises of `Engine`; that the same batch gives the same bits again as far as the endpoint does.
 
     The receipt that it was connected with holds for all replies: an endpoint that is redeployed with another model
-    ends the job with `ReceiptMismatch`. Without an answer within `DEADLINE_S` a batch is `EngineUnavailable`.
+    ends the job with `ReceiptMismatch`, and one that refuses what it is sent (`Unauthorized`, `RequestTooLarge`, ...)
+    with that refusal. Without an answer within `DEADLINE_S`, or with one that is no reply of polar_ray (somebody else's
+    page), a batch is `EngineUnavailable`. None of these is put down to a row.
     """
 
     def __init__(self, client: RewardClient, *, token_budget: int) -> None:
@@ -66,9 +68,11 @@ class ServeEngine:
         sequences = [TokenIds(ids.tolist()) for ids in batch.sequences()]
         try:
             scored = self._client.score_ids(sequences)
-        except ReceiptMismatch:
-            raise
+        except EngineProtocolError as error:
+            raise EngineUnavailable(f"the endpoint does not answer as one: {error}") from None
         except ServingError as error:
+            if not error.retryable:
+                raise
             raise EngineUnavailable(f"the endpoint does not answer: {error}") from None
         return np.array([_reward(row) for row in scored], dtype=np.float32)
 

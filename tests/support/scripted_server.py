@@ -41,7 +41,9 @@ def n_rows(body: dict[str, Any]) -> int:
 
 
 def good(body: dict[str, Any]) -> Answer:
-    """Rewards that tell their row's output."""
+    """Rewards that tell their row's output, or the last id of a sequence."""
+    if "ids" in body:
+        return rewards_reply([float(ids[-1]) for ids in body["ids"]])
     outputs = body.get("outputs") or [row["output"] for row in body["triples"]]
     return rewards_reply([float(output) for output in outputs])
 
@@ -53,6 +55,7 @@ class Script:
         self._answers = list(answers)
         self._lock = threading.Lock()
         self.bodies: list[dict[str, Any]] = []
+        self.paths: list[str] = []
         self.headers: list[dict[str, str]] = []
         self.times: list[float] = []
         self.under_way = self.most_under_way = 0
@@ -65,6 +68,12 @@ class Script:
             self.headers.append(headers)
             self.times.append(time.monotonic())
             return self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+    """Of connections that come at the same moment; one that finds no place tries again a second later."""
 
 
 @contextmanager
@@ -80,6 +89,7 @@ def scripted_server(*answers: Callable[[dict[str, Any]], Answer] | Answer | str)
                 script.under_way += 1
                 script.most_under_way = max(script.most_under_way, script.under_way)
                 script.connections.add(self.client_address)
+                script.paths.append(self.path)
             try:
                 raw = self.rfile.read(int(self.headers["Content-Length"]))
                 if len(raw) < int(self.headers["Content-Length"]):  # the caller left in the middle
@@ -117,8 +127,7 @@ def scripted_server(*answers: Callable[[dict[str, Any]], Answer] | Answer | str)
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     script.address = f"127.0.0.1:{server.server_address[1]}"

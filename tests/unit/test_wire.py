@@ -85,6 +85,7 @@ def test_a_triple_crosses_unchanged():
     (read,) = parse_request(request.model_dump_json(exclude_none=True).encode()).rows()
     kept = [{"role": "user", "content": "P"}, {"role": "user", "content": "Q"}]
     assert read == Triple(kept, "R", "O", wrapper="pretrain", id="7")
+    assert triple_to_json(Triple("P", "R", "O", id=7))["id"] == "7"
     assert triple_to_json(Triple("P", "R", "O")) == {"prompt": "P", "reference": "R", "output": "O"}
 
 

@@ -3,11 +3,13 @@
 import asyncio
 import base64
 import gc
+import signal
 import subprocess
 import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from polar_ray import AsyncRewardClient, RewardClient, Triple
@@ -23,9 +25,11 @@ from polar_ray.errors import (
     ReceiptMismatch,
     RequestInvalid,
     RequestTooLarge,
+    ServingError,
     Unauthorized,
     Unavailable,
 )
+from polar_ray.triples import TokenIds
 from tests.support.scripted_server import error_answer, good, n_rows, rewards_reply, scripted_server
 
 TOKEN = "a-token-of-some-length"
@@ -186,7 +190,7 @@ def test_a_token_in_the_address_is_shown_as_a_password_and_kept_out_of_every_url
     with scripted_server(good) as script, RewardClient(f"x:{TOKEN}@{script.address}") as client:
         client.rewards(outputs(1))
         assert base64.b64decode(script.headers[0]["authorization"].removeprefix("Basic ")) == f"x:{TOKEN}".encode()
-        assert TOKEN not in str(client._client._http.base_url)
+        assert TOKEN not in str(client._thread.client._url)
 
 
 def test_nobody_there_is_unavailable_and_names_the_address():
@@ -262,6 +266,30 @@ def test_a_row_that_cannot_be_sent_keeps_its_place_and_its_neighbours():
         assert n_rows(script.bodies[0]) == 2
 
 
+def test_a_label_that_cannot_be_sent_is_its_rows_own_error_and_ids_of_other_types_are_text():
+    given = [
+        Triple("P", "R", "1", id="\ud800"),
+        Triple([{"role": "\ud800", "content": "P"}], "R", "2"),
+        Triple("P", "R", "3", id=np.int64(3)),
+        Triple("P", None, "4", id=np.int64(4)),
+    ]
+    with scripted_server(good) as script, RewardClient(script.address) as client:
+        rows = client.score(given)
+    assert [row.status for row in rows] == ["row_unreadable", "row_unreadable", "ok", "triple_invalid"]
+    assert rows[0].detail.startswith("id: a lone surrogate")
+    assert rows[1].detail.startswith("prompt[0].role: a lone surrogate")
+    assert [row["id"] for row in script.bodies[0]["triples"]] == ["3"]
+    assert rows[3].id == "4"
+
+
+def test_ids_of_any_library_are_sent_and_what_is_no_id_is_its_rows_own_error():
+    given = [TokenIds(np.array([1, 2], np.int32)), TokenIds([1, 2.5]), TokenIds((3, np.int64(4)))]
+    with scripted_server(good) as script, RewardClient(script.address) as client:
+        rows = client.score_ids(given)
+    assert [(row.reward, row.status) for row in rows] == [(2.0, "ok"), (None, "triple_invalid"), (4.0, "ok")]
+    assert script.bodies[0]["ids"] == [[1, 2], [3, 4]]
+
+
 def test_the_first_part_that_fails_for_good_ends_the_call():
     with scripted_server(good, error_answer(400, "request_invalid")) as script:
         with RewardClient(script.address, rows_per_request=1, max_in_flight=2) as client, pytest.raises(RequestInvalid):
@@ -289,7 +317,8 @@ def test_a_path_of_the_address_is_kept():
         paths = []
         for prefix in ("", "/", "/polar", "/polar/"):
             with RewardClient(f"http://{script.address}{prefix}") as client:
-                paths.append(str(client._client._http._merge_url("./v1/rewards").path))
+                client.rewards(outputs(1))
+            paths.append(script.paths[-1])
     assert paths == ["/v1/rewards", "/v1/rewards", "/polar/v1/rewards", "/polar/v1/rewards"]
 
 
@@ -330,6 +359,116 @@ def test_a_cancelled_call_asks_for_nothing_more():
         asyncio.run(test(script.address))
         time.sleep(0.1)  # one request may have been on its way
         assert len(script.bodies) <= 3
+
+
+def interrupt():
+    """What Ctrl-C does to a program."""
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+
+def test_an_interrupted_call_asks_for_nothing_more():
+    def interrupting(body):
+        if len(script.bodies) == 5:
+            interrupt()
+        time.sleep(0.05)
+        return good(body)
+
+    with (
+        scripted_server(interrupting) as script,
+        RewardClient(script.address, rows_per_request=1, max_in_flight=1) as client,
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            client.rewards(outputs(40))
+        time.sleep(0.3)
+        assert len(script.bodies) <= 6
+        assert client.rewards(outputs(1)) == [0.0]
+
+
+def test_an_interrupt_during_a_wait_ends_the_call_and_the_block():
+    def full(body):
+        threading.Timer(0.2, interrupt).start()
+        return error_answer(429, "overloaded", Retry_After="20")
+
+    with scripted_server(full) as script:
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt), RewardClient(script.address, deadline_s=60) as client:
+            client.rewards(outputs(1))
+        assert time.monotonic() - began < 5
+        assert len(script.bodies) == 1
+
+
+def test_closing_takes_back_what_other_threads_wait_for():
+    raised = []
+
+    def wait():
+        try:
+            client.rewards(outputs(1))
+        except ServingError as error:
+            raised.append(error)
+
+    with scripted_server(error_answer(429, "overloaded", Retry_After="20")) as script:
+        client = RewardClient(script.address, deadline_s=60)
+        thread = threading.Thread(target=wait)
+        thread.start()
+        while not script.bodies:
+            time.sleep(0.001)
+        client.close()
+        thread.join(5)
+        assert [str(error) for error in raised] == ["this client is closed; make another"]
+        client.close()
+        with pytest.raises(ServingError, match="closed"):
+            client.rewards(outputs(1))
+
+
+FORK = """
+import os, signal, sys
+from polar_ray import RewardClient, Triple
+from polar_ray.errors import ServingError
+with RewardClient({address!r}, deadline_s=20) as client:
+    print(client.rewards([Triple('P', 'R', '1')]), flush=True)
+    {before}
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)  # a child that hangs is killed by it, and does not outlive the test
+        {child}
+        sys.exit(0)
+    print(os.waitpid(child, 0)[1])
+    {after}
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "child", "after", "printed"),
+    [
+        ("", "print(client.rewards([Triple('P', 'R', '2')]), flush=True)", "", ["[1.0]", "[2.0]", "0"]),
+        ("", "", "print(client.rewards([Triple('P', 'R', '3')]))", ["[1.0]", "0", "[3.0]"]),
+        ("", "client.close()", "print(client.rewards([Triple('P', 'R', '3')]))", ["[1.0]", "0", "[3.0]"]),
+        (
+            "client.close()",
+            "\n        try: client.model()\n        except ServingError as error: print(error, flush=True)",
+            "",
+            ["[1.0]", "this client is closed; make another", "0"],
+        ),
+    ],
+    ids=["asks", "exits", "closes", "closed before"],
+)
+def test_a_forked_child_has_connections_of_its_own(before, child, after, printed):
+    with scripted_server(good) as script:
+        code = FORK.format(address=script.address, before=before, child=child, after=after)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert (done.stdout.splitlines(), done.stderr) == (printed, "")
+
+
+def test_as_many_requests_are_under_way_as_were_asked_for():
+    def slow(body):
+        time.sleep(0.2)
+        return good(body)
+
+    with scripted_server(slow) as script:
+        with RewardClient(script.address, rows_per_request=1, max_in_flight=20) as client:
+            assert client.rewards(outputs(60)) == [float(n) for n in range(60)]
+        assert script.most_under_way == 20
+        assert len(script.connections) == 20
 
 
 def test_a_client_that_is_forgotten_keeps_no_thread():

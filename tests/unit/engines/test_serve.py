@@ -4,19 +4,31 @@ import numpy as np
 import pytest
 
 from polar_ray import Scorer, Triple
+from polar_ray.client import RewardClient
 from polar_ray.config import EngineConfig, LimitsConfig, ScoreConfig, validate
 from polar_ray.corpus.run import Pool, plan_pool
+from polar_ray.encoding.encode import Encoder
 from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.engines import serve
 from polar_ray.engines.build import resolve_engine
 from polar_ray.engines.serve import ServeEngine
-from polar_ray.errors import CheckpointError, ConfigError, EngineError, EngineUnavailable, ReceiptMismatch
+from polar_ray.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineError,
+    EngineUnavailable,
+    NotFound,
+    ReceiptMismatch,
+    RequestInvalid,
+    RequestTooLarge,
+    Unauthorized,
+)
 from polar_ray.model.locate import EMBEDDED_FOLDER
 from polar_ray.planning import Batch, Group
 from polar_ray.receipts import build_receipt
 from tests.support.endpoint import model_of, running_endpoint, serve_config
 from tests.support.engines import FaultyEngine, contains
-from tests.support.scripted_server import rewards_reply, scripted_server
+from tests.support.scripted_server import error_answer, rewards_reply, scripted_server
 from tests.support.tokenizers import make_polar_tokenizer_folder
 
 TORCH = {"kind": "torch", "device": "cpu", "dtype": "float32"}
@@ -121,8 +133,6 @@ def test_an_address_in_the_wrong_place_or_with_a_token_in_it_is_refused(engine):
 
 
 def test_a_changed_receipt_ends_the_job():
-    from polar_ray.client import RewardClient
-
     ids = np.array(PolarTokenizer(EMBEDDED_FOLDER).encode(["text"])[0], dtype=np.int32)
     batch = Batch((Group(ids[:0], (ids,), (0,)),))
     with scripted_server(rewards_reply([1.0], "r1"), rewards_reply([1.0], "r2")) as script:
@@ -133,3 +143,24 @@ def test_a_changed_receipt_ends_the_job():
         engine.close()
         with pytest.raises(EngineError, match="closed"):
             engine.score(batch)
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        ((200, {"Content-Type": "text/html"}, b"<html>We are back soon.</html>"), EngineUnavailable),
+        (error_answer(502, "engine_protocol"), EngineUnavailable),
+        (error_answer(401, "unauthorized"), Unauthorized),
+        (error_answer(400, "request_invalid"), RequestInvalid),
+        (error_answer(413, "request_too_large"), RequestTooLarge),
+        ((404, {}, b"nginx"), NotFound),
+    ],
+    ids=["page", "protocol", "401", "400", "413", "404"],
+)
+def test_what_is_wrong_with_the_endpoint_or_the_call_is_put_down_to_no_row(small_tokenizer, answer, kind):
+    with scripted_server(answer) as script:
+        engine = ServeEngine(RewardClient(script.address, deadline_s=5), token_budget=1000)
+        scorer = Scorer(Encoder(small_tokenizer, LimitsConfig()), engine)
+        with scorer, pytest.raises(kind) as raised:
+            scorer.score(triples("a", "b"))
+    assert type(raised.value) is kind

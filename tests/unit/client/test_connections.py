@@ -1,0 +1,40 @@
+"""Connections: as many as were asked for, in pools of a bearable size, and the next in line waits."""
+
+import asyncio
+
+import httpx
+import pytest
+
+from polar_ray.client.connections import CONNECTIONS_PER_POOL, Connections
+
+
+@pytest.mark.parametrize("most", [1, CONNECTIONS_PER_POOL, 20])
+def test_many_connections_stand_in_small_pools(most):
+    connections = Connections(most)
+    sizes = [pool._transport._pool._max_connections for pool in connections._pools]
+    assert sum(sizes) == most
+    assert max(sizes) <= CONNECTIONS_PER_POOL
+
+
+def test_a_request_waits_for_a_free_connection_and_an_error_frees_one():
+    under_way, most_under_way = 0, 0
+
+    async def answer(request):
+        nonlocal under_way, most_under_way
+        under_way += 1
+        most_under_way = max(most_under_way, under_way)
+        await asyncio.sleep(0.01)
+        under_way -= 1
+        raise httpx.ReadError("gone")
+
+    async def main():
+        connections = Connections(3, base_url="http://endpoint", transport=httpx.MockTransport(answer))
+        asked = [connections.request("GET", "/") for _ in range(10)]
+        outcomes = await asyncio.gather(*asked, return_exceptions=True)
+        await connections.aclose()
+        await connections.aclose()
+        return outcomes
+
+    outcomes = asyncio.run(main())
+    assert [type(outcome) for outcome in outcomes] == [httpx.ReadError] * 10
+    assert most_under_way == 3
