@@ -91,5 +91,5 @@ def test_where_tokens_are_required_and_missing_nothing_comes_up(cluster, tmp_pat
     with pytest.raises(RuntimeError):
         serve.run(application, name="closed", route_prefix="/closed")
     said = "".join(deployment.message for deployment in serve.status().applications["closed"].deployments.values())
-    assert "ConfigError: auth.mode = 'required' and there are no tokens" in said
+    assert "ConfigError: a token is required and there are none" in said
     serve.delete("closed")
