@@ -59,9 +59,6 @@ PAGE_HEADERS = {
 
 T = TypeVar("T")
 
-DIALECT_OPTIONS = ("think",)
-"""Of a dialect's query string, besides `CallOptions`."""
-
 LARGE_BODY_BYTES = 256 << 10
 """Beyond, a body is read and its reply written beside the event loop, where a small call is quicker."""
 
@@ -189,7 +186,7 @@ def _dialect_handler(service: RewardService, dialect: Dialect) -> Callable[[Requ
             return body, dialect.read(body, request.query_params)
 
         body, rows = await _do(service, read, aside=len(content) > LARGE_BODY_BYTES)
-        options = parse_options(request.query_params, others=DIALECT_OPTIONS)
+        options = parse_options(request.query_params, others=dialect.parameters)
         result = await _score(service, request, rows, options, arrived)
         _refuse_failed_rows(result)
         answer = Answer(

@@ -95,13 +95,17 @@ METRICS: dict[int | str, dict[str, Any]] = {
 
 
 def dialect(of: Dialect) -> dict[str, Any]:
-    """The request body of a dialect: its contract is somebody else's, so an example and no schema beyond an object."""
+    """The request body of a dialect: its contract is somebody else's, so an example and no schema beyond an object.
+
+    Its query parameters are a call's options, and its own.
+    """
     return {
         "requestBody": {
             "required": True,
             "content": {JSON_MEDIA_TYPE: {"schema": {"type": "object"}, "example": of.example}},
         },
         "parameters": [
-            {"name": name, "in": "query", "required": False, "schema": schema} for name, schema in _OPTIONS.items()
+            {"name": name, "in": "query", "required": False, "schema": schema}
+            for name, schema in {**_OPTIONS, **of.parameters}.items()
         ],
     }

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from polar_ray.errors import DeadlineExceeded, Unavailable
-from polar_ray.policy_text import own_text, plain_prompt
+from polar_ray.policy_text import own_text
 from polar_ray.trainers.endpoint import Endpoint, Fields, column, reward
 
 POOL_DEADLINE_S = 9.0
@@ -48,7 +48,7 @@ class PolarReward:
 
     def fields(self, prompt: str, completions: str, row: Mapping[str, Any]) -> Fields:
         reference = column(row, self.reference_column, "the data set")
-        return row.get(self.prompt_column) or plain_prompt(prompt), reference, own_text(completions, prompt)
+        return row.get(self.prompt_column) or prompt, reference, own_text(completions, prompt)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
 """What many callers ask within a moment, sent as one call: per-sample trainers' rows come together and share.
 
+A caller whose rows fill a request anyway has nothing to share, and would tie the others to its own pace and deadline:
+its rows are a call of their own.
+
 Pure asyncio, for one event loop.
 """
 
@@ -21,8 +24,11 @@ WAIT_S = 0.005
 """How long a first caller waits for company. Rollouts of one group end within milliseconds where they are scored one
 by one after a batch; a caller pays this once, against an engine call of tens."""
 
-MOST_ROWS = 1024
-"""Rows that are sent without waiting further: four requests of the client's own size."""
+ROWS_OF_A_REQUEST = 256
+"""The client's own size of a request. A caller with as many rows goes by itself."""
+
+MOST_ROWS = 4 * ROWS_OF_A_REQUEST
+"""Rows that are sent without waiting further."""
 
 
 @dataclass(eq=False, slots=True)
@@ -38,10 +44,21 @@ class Coalescer:
     others alone; a call that nobody waits for any more is cancelled.
     """
 
-    def __init__(self, send: Send, *, wait_s: float = WAIT_S, most_rows: int = MOST_ROWS) -> None:
+    def __init__(
+        self,
+        send: Send,
+        *,
+        send_large: Send | None = None,
+        wait_s: float = WAIT_S,
+        most_rows: int = MOST_ROWS,
+        rows_of_a_request: int = ROWS_OF_A_REQUEST,
+    ) -> None:
+        """`send_large` is for callers that go by themselves, over a way of their own if there is one."""
         self._send = send
+        self._send_large = send_large or send
         self._wait_s = wait_s
         self._most_rows = most_rows
+        self._rows_of_a_request = rows_of_a_request
         self._waiting: list[_Ask] = []
         self._timer: asyncio.TimerHandle | None = None
         self._calls: set[asyncio.Task[None]] = set()
@@ -52,6 +69,9 @@ class Coalescer:
             return []
         loop = asyncio.get_running_loop()
         asked = _Ask(triples, loop.create_future())
+        if len(triples) >= self._rows_of_a_request:
+            self._begin(self._send_large, [asked])
+            return await asked.answer
         self._waiting.append(asked)
         if self._timer is None:
             self._timer = loop.call_later(self._wait_s, self._send_waiting)
@@ -73,9 +93,11 @@ class Coalescer:
         if self._timer is not None:
             self._timer.cancel()
         asks, self._waiting, self._timer = [ask for ask in self._waiting if not ask.answer.done()], [], None
-        if not asks:
-            return
-        call = asyncio.ensure_future(self._call(asks))
+        if asks:
+            self._begin(self._send, asks)
+
+    def _begin(self, send: Send, asks: Sequence[_Ask]) -> None:
+        call = asyncio.ensure_future(self._call(send, asks))
         self._calls.add(call)
         call.add_done_callback(self._calls.discard)
 
@@ -86,14 +108,14 @@ class Coalescer:
         for ask in asks:
             ask.answer.add_done_callback(end_if_unwanted)
 
-    async def _call(self, asks: Sequence[_Ask]) -> None:
+    async def _call(self, send: Send, asks: Sequence[_Ask]) -> None:
         try:
-            scored = iter(await self._send([triple for ask in asks for triple in ask.triples]))
+            scored = iter(await send([triple for ask in asks for triple in ask.triples]))
         except RequestTooLarge as error:
             if len(asks) == 1:
                 return _fail(asks, error)
             middle = len(asks) // 2  # one caller's giant must not fail its neighbours
-            await asyncio.gather(self._call(asks[:middle]), self._call(asks[middle:]))
+            await asyncio.gather(self._call(send, asks[:middle]), self._call(send, asks[middle:]))
         except asyncio.CancelledError:
             _fail(asks, Unavailable("the connection was closed before the reply came"))
             raise

@@ -25,12 +25,15 @@ CLOSE_S = 5.0
 
 
 class Connection:
-    """A client, and a coalescer in front of it. Safe to use from any thread."""
+    """A client, and a coalescer in front of it. Safe to use from any thread.
+
+    Callers with very many rows have a client beside it, lest their requests take all of its connections.
+    """
 
     def __init__(self, *, coalesce_s: float = WAIT_S, **options: Any) -> None:
         """`options` are those of `AsyncRewardClient`."""
-        self._client = AsyncRewardClient(**options)
-        self._coalescer = Coalescer(self._client.score, wait_s=coalesce_s)
+        self._client, self._large_client = AsyncRewardClient(**options), AsyncRewardClient(**options)
+        self._coalescer = Coalescer(self._client.score, send_large=self._large_client.score, wait_s=coalesce_s)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="polar-ray-rewards", daemon=True)
         self._thread.start()
@@ -49,6 +52,7 @@ class Connection:
     async def _close(self) -> None:
         await self._coalescer.aclose()
         await self._client.aclose()
+        await self._large_client.aclose()
 
 
 class _Connections:

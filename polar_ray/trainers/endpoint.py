@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from polar_ray.client.aio import reward_of
 from polar_ray.errors import ConfigError, SchemaError
-from polar_ray.policy_text import strip_thinking
+from polar_ray.policy_text import triple_of
 from polar_ray.trainers.coalesce import WAIT_S
 from polar_ray.trainers.connection import Connection, connection
-from polar_ray.triples import Scored, Triple, is_sequence
+from polar_ray.triples import Scored, Triple
 from polar_ray.wire import Priority
 
 Fields = tuple[Any, Any, Any]
-"""Prompt, reference and output as a trainer has them: strings, lists of messages, or arrays of these."""
+"""Prompt, reference and output as a trainer has them: strings, lists of messages, or arrays of these. A string prompt
+may be in a chat template, an output may have end tokens and a think block."""
+
+REMEDY = "fill it in for every row of the data set, or drop the rows that have none"
+
+_CREDENTIALS = re.compile(r"^(\w+://)?.*@", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -55,17 +61,23 @@ class Endpoint:
             raise ConfigError(f"unknown setting {unknown[0]!r}; known here: {', '.join(known)}")
         return cls(**settings)
 
-    def score(self, rows: Iterable[Fields]) -> list[Scored]:
-        """Rewards, waited for in this thread."""
-        future = self._connection().ask(self._triples(rows))
+    def __repr__(self) -> str:
+        """As a dataclass has it, without the token, wherever it stands."""
+        address = self.address and _CREDENTIALS.sub(r"\1", self.address)
+        settings = {one.name: getattr(self, one.name) for one in fields(self) if one.repr} | {"address": address}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
+
+    def score(self, rows: Iterable[Fields], remedy: str = REMEDY) -> list[Scored]:
+        """Rewards, waited for in this thread. `remedy` is what to do about a row that has no reference."""
+        future = self._connection().ask(self._triples(rows, remedy))
         try:
             return _all_ok(future.result())
         finally:
             future.cancel()  # of use when the wait was interrupted, without effect after it
 
-    async def ascore(self, rows: Iterable[Fields]) -> list[Scored]:
+    async def ascore(self, rows: Iterable[Fields], remedy: str = REMEDY) -> list[Scored]:
         """Rewards, for a caller in an event loop, whichever."""
-        scored = await asyncio.wrap_future(self._connection().ask(self._triples(rows)))
+        scored = await asyncio.wrap_future(self._connection().ask(self._triples(rows, remedy)))
         return _all_ok(scored)
 
     def _connection(self) -> Connection:
@@ -79,15 +91,12 @@ class Endpoint:
             coalesce_s=self.coalesce_s,
         )
 
-    def _triples(self, rows: Iterable[Fields]) -> list[Triple]:
-        return [self._triple(*row) for row in rows]
-
-    def _triple(self, prompt: Any, reference: Any, output: Any) -> Triple:
-        """Raises `TripleError` for a field that is no text, so that a bad row fails its own caller alone."""
-        texts = {"prompt": _plain(prompt), "reference": _plain(reference), "output": _plain(output)}
-        if not self.keep_thinking:
-            texts["output"] = _without_thinking(texts["output"])
-        return Triple.from_dict(texts)
+    def _triples(self, rows: Iterable[Fields], remedy: str) -> list[Triple]:
+        """Raises `TripleError` for a row that is none before it is sent, so that it fails its own caller alone."""
+        return [
+            triple_of(*(_plain(field) for field in row), remedy=remedy, keep_thinking=self.keep_thinking)
+            for row in rows
+        ]
 
 
 def reward(row: Scored) -> float:
@@ -119,17 +128,3 @@ def _all_ok(rows: Sequence[Scored]) -> list[Scored]:
 def _plain(value: Any) -> Any:
     """Arrays, as data sets read from Parquet have them, as lists."""
     return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _without_thinking(output: Any) -> Any:
-    """An output, or each message of one that is a conversation, without its thinking."""
-    if isinstance(output, str):
-        return strip_thinking(output)
-    if is_sequence(output):
-        return [
-            {**message, "content": strip_thinking(message["content"])}
-            if isinstance(message, Mapping) and isinstance(message.get("content"), str)
-            else message
-            for message in output
-        ]
-    return output

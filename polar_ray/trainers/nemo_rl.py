@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from polar_ray.policy_text import output_of, plain_prompt
+from polar_ray.policy_text import own_text, plain_prompt
 from polar_ray.trainers.endpoint import Endpoint, Fields, column, report, reward
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ class Judge:
         about = metadata or {}
         turns = [{"role": message["role"], "content": plain_prompt(message["content"])} for message in log[:-1]]
         reference = column(about, self._reference_key, "extra_env_info")
-        return about.get(self._prompt_key) or turns, reference, output_of(log[-1]["content"], "")
+        output = own_text(log[-1]["content"], log[-2]["content"] if len(log) > 1 else "")
+        return about.get(self._prompt_key) or turns, reference, output
 
 
 def register(name: str = "polar") -> None:

@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from polar_ray.errors import SchemaError
-from polar_ray.policy_text import output_of, plain_prompt
+from polar_ray.policy_text import MISSING_REFERENCE, output_of
 from polar_ray.trainers.endpoint import Endpoint, Fields, report, reward
 
 
@@ -25,7 +24,7 @@ def reward_func(
     Called from a thread pool; calls that are in the air together travel together. `settings` are those of `Endpoint`.
     """
     samples = zip(queries, prompts, labels, strict=True)
-    rows = Endpoint.of(settings).score([_fields(*sample) for sample in samples])
+    rows = Endpoint.of(settings).score([_fields(*sample) for sample in samples], MISSING_REFERENCE["openrlhf"])
     rewards = [reward(row) for row in rows]
     reports = [report(row) for row in rows]
     if len(rows) == 1:
@@ -35,6 +34,4 @@ def reward_func(
 
 
 def _fields(query: str, prompt: str, label: Any) -> Fields:
-    if label is None:
-        raise SchemaError("a row has no label; name the references' column with --data.label_key", column="label")
-    return plain_prompt(prompt), label, output_of(query, prompt)
+    return prompt, label, output_of(query, prompt)

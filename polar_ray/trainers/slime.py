@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from polar_ray.errors import SchemaError
-from polar_ray.policy_text import own_text, plain_prompt
+from polar_ray.policy_text import MISSING_REFERENCE, own_text
 from polar_ray.trainers.endpoint import Endpoint, Fields, report, reward
 from polar_ray.triples import Scored
 
@@ -21,11 +20,13 @@ PREFIX = "polar_ray_"
 async def custom_rm(args: Any, samples: Any, **others: Any) -> Any:
     """A reward for a sample, or one for each of a list, in order. Calls that are in the air together travel together.
 
-    Evaluation sends single samples whatever `--group-rm` says. Raises `SchemaError` for a sample without a label, a
+    Evaluation sends single samples whatever `--group-rm` says. Raises `TripleError` for a sample without a label, a
     row's error, or what a client raises.
     """
     is_group = isinstance(samples, list)
-    rows = await _endpoint(args).ascore([_fields(sample) for sample in (samples if is_group else [samples])])
+    rows = await _endpoint(args).ascore(
+        [_fields(sample) for sample in (samples if is_group else [samples])], MISSING_REFERENCE["slime"]
+    )
     rewards = [_reward(row, getattr(args, "reward_key", None)) for row in rows]
     return rewards if is_group else rewards[0]
 
@@ -36,15 +37,9 @@ def _endpoint(args: Any) -> Endpoint:
 
 
 def _fields(sample: Any) -> Fields:
-    if sample.label is None:
-        raise SchemaError("a sample has no label; name the references' column with --label-key", column="label")
     metadata = sample.metadata if isinstance(sample.metadata, dict) else {}
-    bare = plain_prompt(sample.prompt) if isinstance(sample.prompt, str) else sample.prompt
-    return (
-        metadata.get("prompt") or bare,
-        sample.label,
-        own_text(sample.response, sample.prompt if isinstance(sample.prompt, str) else ""),
-    )
+    output = own_text(sample.response, sample.prompt) if isinstance(sample.prompt, str) else sample.response
+    return metadata.get("prompt") or sample.prompt, sample.label, output
 
 
 def _reward(row: Scored, key: str | None) -> float | dict[str, float]:

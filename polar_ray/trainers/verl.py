@@ -6,6 +6,9 @@
 
 `compute_score_batch` is for versions that still have the `batch` manager, which POLAR's own recipe names. That recipe
 validates `math` test rows by math-verify; here they get POLAR's rewards as all others do.
+
+Use the `naive` or the `dapo` reward manager. `rate_limited` turns every error, and every wait longer than its own, into
+a reward of 0.0 and goes on; `remote` refuses reward functions that are asynchronous, as this one is.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from polar_ray.policy_text import MISSING_REFERENCE
 from polar_ray.trainers.endpoint import Endpoint, Fields, column, report, reward
 
 VERLS_OWN = ("reward_router_address", "reward_model_tokenizer")
@@ -35,7 +39,7 @@ async def compute_score(
     lacks one, the row's error, or what a client raises.
     """
     sample = _fields(solution_str, ground_truth, extra_info, prompt_key)
-    (row,) = await Endpoint.of(_ours(settings)).ascore([sample])
+    (row,) = await Endpoint.of(_ours(settings)).ascore([sample], MISSING_REFERENCE["verl"])
     return {"score": reward(row), **report(row)}
 
 
@@ -50,7 +54,9 @@ def compute_score_batch(
 ) -> list[float]:
     """A reward for each sample, in order. Raises as `compute_score` does."""
     samples = zip(solution_strs, ground_truths, extra_infos, strict=True)
-    rows = Endpoint.of(_ours(settings)).score([_fields(*sample, prompt_key) for sample in samples])
+    rows = Endpoint.of(_ours(settings)).score(
+        [_fields(*sample, prompt_key) for sample in samples], MISSING_REFERENCE["verl"]
+    )
     return [reward(row) for row in rows]
 
 

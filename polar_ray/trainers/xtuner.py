@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from polar_ray.errors import SchemaError
+from polar_ray.policy_text import MISSING_REFERENCE
 from polar_ray.trainers.endpoint import Endpoint, Fields, report, reward
 
 
@@ -23,7 +23,7 @@ class PayloadScorer:
 
     async def score(self, payloads: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
         """`score`, and counts of tokens, for each payload in order."""
-        rows = await self._endpoint.ascore([_fields(payload) for payload in payloads])
+        rows = await self._endpoint.ascore([_fields(payload) for payload in payloads], MISSING_REFERENCE["xtuner"])
         return [{"score": reward(row), **report(row)} for row in rows]
 
 
@@ -59,6 +59,4 @@ def polar_judger_config(address: str | None = None, *, judger_name: str = "polar
 
 
 def _fields(payload: Mapping[str, Any]) -> Fields:
-    if payload.get("label") is None:
-        raise SchemaError("reward_model has no ground_truth; POLAR needs the reference in it", column="ground_truth")
-    return payload["message"], payload["label"], payload["response"]
+    return payload["message"], payload.get("label"), payload["response"]

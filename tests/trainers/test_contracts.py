@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from polar_ray import Triple
-from polar_ray.errors import ConfigError, SchemaError
+from polar_ray.errors import ConfigError, SchemaError, TripleError
 from polar_ray.trainers import nemo_rl, xtuner
 from polar_ray.trainers.slime import custom_rm
+from tests.support.scripted_server import rewards_reply, scripted_server
 
 QUESTION, REFERENCE = "Why is the sky blue?", "Air scatters blue light most."
 TEMPLATED = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
@@ -69,8 +70,9 @@ def test_slime_gets_a_dict_where_it_looks_for_a_key(address, expected):
 
 
 def test_slime_is_told_of_a_missing_label_and_of_an_unknown_setting(address):
-    with pytest.raises(SchemaError, match="--label-key"):
-        asyncio.run(custom_rm(slime_args(address), [Sample("x", label=None)]))
+    for label in (None, ""):
+        with pytest.raises(TripleError, match="--label-key"):
+            asyncio.run(custom_rm(slime_args(address), [Sample("x", label=label)]))
     with pytest.raises(ConfigError, match="adress"):
         asyncio.run(custom_rm(slime_args(address, polar_ray_adress="x"), Sample("x")))
 
@@ -123,6 +125,20 @@ def test_nemo_rls_keys_can_be_named_and_a_missing_one_is(environment_class, addr
         environment.step([message_log(ANSWERS[0])], [{"ground_truth": REFERENCE}])
 
 
+@pytest.mark.parametrize(("keep", "sent"), [(False, "4"), (True, "<think>\nhm</think>4")], ids=["without", "with"])
+def test_nemo_rls_think_block_may_have_been_opened_by_the_prompt(environment_class, keep, sent):
+    log = [
+        {"role": "user", "content": f"{TEMPLATED}<think>\n"},
+        {"role": "assistant", "content": "hm</think>4<|im_end|>"},
+    ]
+    with scripted_server(rewards_reply([1.0])) as script:
+        environment = environment_class({"address": script.address, "keep_thinking": keep})
+        environment.step([log], [{"ground_truth": REFERENCE}])
+        (body,) = script.bodies
+    (row,) = body["triples"]
+    assert (row["prompt"][0]["content"], row["output"]) == (QUESTION, sent)
+
+
 def test_nemo_rl_finds_the_actor_class_by_its_name(environment_class, monkeypatch):
     module, _, name = nemo_rl.ACTOR_CLASS.rpartition(".")
     actor_class = getattr(importlib.import_module(module), name)
@@ -163,8 +179,9 @@ def test_xtuners_judger_judges_one_and_a_batch(address, expected):
     assert judger.judger_name == "mine"
     assert [output["score"] for output in batch] == close_to(expected)
     assert single["score"] == close_to(expected[0])
-    with pytest.raises(SchemaError, match="ground_truth"):
-        asyncio.run(judger.judge_payload(payload(ANSWERS[0], label=None)))
+    for label in (None, ""):
+        with pytest.raises(TripleError, match="ground_truth"):
+            asyncio.run(judger.judge_payload(payload(ANSWERS[0], label=label)))
 
 
 @pytest.mark.usefixtures("_xtuner")

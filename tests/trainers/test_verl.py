@@ -125,6 +125,15 @@ def test_an_endpoint_that_is_gone_stops_verls_reward_loop(verl, clients, policy_
         run_worker(verl, config, rollouts(2)[0])
 
 
+def test_two_of_verls_managers_are_not_for_us(verl, clients, policy_folder):
+    """What the adapter's docstring warns of."""
+    path, gone = "pkg://polar_ray.trainers.verl", {"address": "127.0.0.1:9", "deadline_s": 0.3}
+    config = config_of(clients, policy_folder, path, "rate_limited", **gone)
+    assert [output["reward_score"] for output in run_worker(verl, config, rollouts(2)[0])] == [0.0, 0.0]
+    with pytest.raises(AssertionError, match="Async reward score is not supported"):
+        run_worker(verl, config_of(clients, policy_folder, path, "remote", **gone), rollouts(2)[0])
+
+
 def test_the_file_is_loaded_without_its_package_as_older_versions_do(address, scorer):
     spec = importlib.util.spec_from_file_location("custom_module", adapter.__file__)
     module = importlib.util.module_from_spec(spec)

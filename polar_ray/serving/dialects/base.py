@@ -51,3 +51,6 @@ class Dialect:
 
     example: dict[str, Json] = field(default_factory=dict)
     """A real request body, for the OpenAPI page and for tests."""
+
+    parameters: Mapping[str, dict[str, Json]] = field(default_factory=dict)
+    """Query parameters of its own beside a call's options, each with its JSON schema."""

@@ -8,11 +8,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from polar_ray.errors import RequestInvalid, TripleError
-from polar_ray.policy_text import strip_special_end, strip_thinking
-from polar_ray.triples import Rendered, Row, Text, TokenIds, Triple, join_text, parse_text
+from polar_ray.policy_text import triple_of
+from polar_ray.triples import Rendered, Row, TokenIds
 
 Json = Any
 Query = Mapping[str, str]
+
+THINKING: dict[str, Json] = {
+    "think": {
+        "enum": ["strip", "keep"],
+        "default": "strip",
+        "type": "string",
+        "description": "Whether an output is scored without its think block, or with it.",
+    }
+}
+"""The query parameter of dialects whose outputs are what a policy wrote, with its JSON schema."""
 
 
 def need(body: Mapping[str, Json], name: str, remedy: str) -> Json:
@@ -50,20 +60,24 @@ def rendered_rows(value: Json, name: str) -> list[Row]:
         raise RequestInvalid(f"{name}: expected a text, a list of texts, token ids, or a list of token ids") from None
 
 
-def triple_row(prompt: Json, reference: Json, output: Json, query: Query) -> Row:
-    """A row of what a policy wrote: without end tokens, and without its think block unless the query says `think=keep`.
+def triple_row(prompt: Json, reference: Json, output: Json, query: Query, remedy: str) -> Row:
+    """A trainer's sample as `triple_of` reads it, with its think block if the query says `think=keep`.
 
-    An error stands in its place where a field is neither a string nor messages.
+    An error stands in its place where a field cannot be scored. Raises `RequestInvalid` for another `think`.
     """
+    keeps_thinking = _keeps_thinking(query)
     try:
-        texts: list[Text] = [
-            parse_text(value, field)
-            for value, field in ((prompt, "prompt"), (reference, "reference"), (output, "output"))
-        ]
-        answer = strip_special_end(join_text(texts[2], "output"))
+        return triple_of(prompt, reference, output, remedy=remedy, keep_thinking=keeps_thinking)
     except TripleError as error:
         return error
-    return Triple(texts[0], texts[1], answer if query.get("think") == "keep" else strip_thinking(answer))
+
+
+def _keeps_thinking(query: Query) -> bool:
+    schema = THINKING["think"]
+    asked = query.get("think", schema["default"])
+    if asked not in schema["enum"]:
+        raise RequestInvalid(f"think: expected one of {schema['enum']}; left out, think blocks are not scored")
+    return bool(asked == "keep")
 
 
 def first_of(body: Mapping[str, Json], names: Sequence[str], what: str, where: str) -> Json:

@@ -1,4 +1,4 @@
-"""Contracts around OpenAI's objects: NeMo-Gym's `/verify`, and the run of a grader.
+"""Contracts around OpenAI's objects: NeMo-Gym's `/seed_session` and `/verify`, and the run of a grader.
 
 Sources: NVIDIA-NeMo/Gym `nemo_gym/base_resources_server.py`; OpenAI's `fine_tuning/alpha/graders/run`.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from polar_ray.errors import RequestInvalid
 from polar_ray.serving.dialects.base import Answer, Dialect, Json
-from polar_ray.serving.dialects.fields import Query, check_can_be_echoed, first_of, need, triple_row
+from polar_ray.serving.dialects.fields import THINKING, Query, check_can_be_echoed, first_of, need, triple_row
 from polar_ray.triples import Row
 
 REFERENCE_FIELDS = ("reference", "label", "expected_answer", "ground_truth", "reference_answer")
 PROMPT_FIELDS = ("prompt", "messages", "question", "input")
+REMEDY = f"send it as {' or '.join(REFERENCE_FIELDS)}"
 
 GRADER_ERRORS = (
     "formula_parse_error", "invalid_variable_error", "model_grader_parse_error", "model_grader_refusal_error",
@@ -32,11 +33,22 @@ VERIFY_EXAMPLE = {
     },
     "reference": "4",
 }
+SEED_EXAMPLE = {key: VERIFY_EXAMPLE[key] for key in ("responses_create_params", "reference")}
 GRADER_EXAMPLE = {
     "grader": {"type": "score_model", "name": "polar"},
     "model_sample": "4",
     "item": {"prompt": "2 + 2 = ?", "reference": "4"},
 }
+
+
+def read_seed_session(body: dict[str, Json], query: Query) -> list[Row]:
+    """No rows. NeMo-Gym's agents begin every rollout with this call; a reward needs no state, so it does nothing."""
+    return []
+
+
+def write_seed_session(body: dict[str, Json], answer: Answer) -> Json:
+    """NeMo-Gym's `BaseSeedSessionResponse`, which has no fields."""
+    return {}
 
 
 def read_verify(body: dict[str, Json], query: Query) -> list[Row]:
@@ -50,7 +62,7 @@ def read_verify(body: dict[str, Json], query: Query) -> list[Row]:
     fields = {**(metadata if isinstance(metadata, dict) else {}), **body}
     reference = first_of(fields, REFERENCE_FIELDS, "reference", "the request")
     prompt = need(params, "input", "it is the prompt")
-    return [triple_row(_conversation(prompt, params), reference, _output_text(response), query)]
+    return [triple_row(_conversation(prompt, params), reference, _output(response), query, REMEDY)]
 
 
 def write_verify(body: dict[str, Json], answer: Answer) -> Json:
@@ -66,7 +78,7 @@ def read_grader(body: dict[str, Json], query: Query) -> list[Row]:
         raise RequestInvalid("item: expected an object with prompt and reference")
     prompt = first_of(item, PROMPT_FIELDS, "prompt", "item")
     reference = first_of(item, REFERENCE_FIELDS, "reference", "item")
-    return [triple_row(prompt, reference, need(body, "model_sample", "it is the output to score"), query)]
+    return [triple_row(prompt, reference, need(body, "model_sample", "it is the output to score"), query, REMEDY)]
 
 
 def write_grader(body: dict[str, Json], answer: Answer) -> Json:
@@ -92,8 +104,13 @@ def write_grader(body: dict[str, Json], answer: Answer) -> Json:
 
 
 def _conversation(given: Json, params: dict[str, Json]) -> Json:
-    """A Responses input as messages: parts of a content joined, instructions first as the API has them."""
+    """A Responses input as messages: parts of a content joined, instructions first as the API has them.
+
+    A string without instructions stays one: it may be templated.
+    """
     instructions = params.get("instructions")
+    if isinstance(given, str) and not isinstance(instructions, str):
+        return given
     turns = [given] if isinstance(given, str) else given
     if not isinstance(turns, list):
         raise RequestInvalid("responses_create_params.input: expected a string or a list of messages")
@@ -116,25 +133,35 @@ def _message(turn: Json) -> dict[str, str]:
     return {"role": str(turn.get("role", "user")), "content": "\n".join(texts)}
 
 
-def _output_text(response: dict[str, Json]) -> str:
-    """The text of a response's messages; reasoning and tool calls are none."""
+def _output(response: dict[str, Json]) -> Json:
+    """The texts of a response's messages, each a message; reasoning and tool calls are none.
+
+    A response that was cut short while the policy still reasoned is an empty output. Raises `RequestInvalid` for one
+    that is no response.
+    """
     output = response.get("output")
-    items = output if isinstance(output, list) else []
+    if not isinstance(output, list):
+        raise RequestInvalid("response: has no list of output items; its messages' output_text is the output to score")
     parts = [
-        part.get("text")
-        for item in items
+        part
+        for item in output
         if isinstance(item, dict) and item.get("type") == "message" and isinstance(item.get("content"), list)
         for part in item["content"]
-        if isinstance(part, dict) and part.get("type") == "output_text"
+        if isinstance(part, dict) and part.get("type") == "output_text" and isinstance(part.get("text"), str)
     ]
-    texts = [text for text in parts if isinstance(text, str)]
-    if not texts:
-        raise RequestInvalid("response: has no message with an output_text; that is the output to score")
-    return "\n".join(texts)
+    return [{"role": "assistant", "content": part["text"]} for part in parts]
 
 
 DIALECTS = (
-    Dialect("nemo_gym", ("/verify",), "NeMo-Gym's /verify", read_verify, write_verify, VERIFY_EXAMPLE),
+    Dialect(
+        "nemo_gym",
+        ("/seed_session",),
+        "NeMo-Gym's /seed_session: nothing to seed",
+        read_seed_session,
+        write_seed_session,
+        SEED_EXAMPLE,
+    ),
+    Dialect("nemo_gym", ("/verify",), "NeMo-Gym's /verify", read_verify, write_verify, VERIFY_EXAMPLE, THINKING),
     Dialect(
         "openai",
         ("/v1/fine_tuning/alpha/graders/run",),
@@ -142,5 +169,6 @@ DIALECTS = (
         read_grader,
         write_grader,
         GRADER_EXAMPLE,
+        THINKING,
     ),
 )

@@ -1,16 +1,16 @@
 """Trainers that post a sample, or a few, to a reward URL: OpenRLHF, slime, xtuner v1, LLaMA-Factory.
 
-What a policy wrote comes with its end tokens and, often, its thinking; both are taken off (`?think=keep` keeps the
-thinking). The reference is what each of them calls a label.
+Prompts may come in a chat template, and what a policy wrote comes with its end tokens and, often, its thinking; all of
+that is taken off (`?think=keep` keeps the thinking). The reference is what each of them calls a label.
 """
 
 from __future__ import annotations
 
 from polar_ray.errors import RequestInvalid, TripleError
-from polar_ray.policy_text import output_of, own_text, plain_prompt
+from polar_ray.policy_text import MISSING_REFERENCE, output_of, own_text
 from polar_ray.serving.dialects import sglang
 from polar_ray.serving.dialects.base import Answer, Dialect, Json
-from polar_ray.serving.dialects.fields import Query, first_of, need, rendered_rows, strings, triple_row
+from polar_ray.serving.dialects.fields import THINKING, Query, first_of, need, rendered_rows, strings, triple_row
 from polar_ray.triples import Row
 
 PROMPT_FIELDS = ("prompt", "message", "messages", "raw_prompt")
@@ -43,7 +43,7 @@ def _openrlhf_row(text: str, prompt: str, label: Json, query: Query) -> Row:
         output = output_of(text, prompt)
     except TripleError as error:
         return error
-    return triple_row(plain_prompt(prompt), label, output, query)
+    return triple_row(prompt, label, output, query, MISSING_REFERENCE["openrlhf"])
 
 
 def write_openrlhf(body: dict[str, Json], answer: Answer) -> Json:
@@ -57,11 +57,10 @@ def write_openrlhf(body: dict[str, Json], answer: Answer) -> Json:
 def read_slime(body: dict[str, Json], query: Query) -> list[Row]:
     """One sample: `prompt` (messages, or a string that may be templated), `response`, `label`."""
     prompt, response = (need(body, name, "a sample has prompt, response and label") for name in ("prompt", "response"))
-    label = need(body, "label", LABEL_REMEDY)
-    if isinstance(prompt, str):
-        response = own_text(response, prompt) if isinstance(response, str) else response
-        prompt = plain_prompt(prompt)
-    return [triple_row(prompt, label, response, query)]
+    label = need(body, "label", f"{LABEL_REMEDY}; name its column with --label-key")
+    if isinstance(prompt, str) and isinstance(response, str):
+        response = own_text(response, prompt)
+    return [triple_row(prompt, label, response, query, MISSING_REFERENCE["slime"])]
 
 
 def write_slime(body: dict[str, Json], answer: Answer) -> Json:
@@ -70,12 +69,16 @@ def write_slime(body: dict[str, Json], answer: Answer) -> Json:
 
 
 def read_xtuner(body: dict[str, Json], query: Query) -> list[Row]:
-    """`response`, `label`, `extra_info`: xtuner's judger leaves the prompt out, so it must be in `extra_info`."""
+    """`response`, `label`, and `extra_info` with the prompt in it.
+
+    For a judger of one's own that fills `extra_info` for every sample: that of xtuner's own HTTP judger is a setting,
+    the same for all samples, and would score them all against one prompt.
+    """
     extra = body.get("extra_info")
-    where = "extra_info" if isinstance(extra, dict) else "the request"
-    prompt = first_of(extra if isinstance(extra, dict) else {}, PROMPT_FIELDS, "prompt", where)
+    prompt = first_of(extra if isinstance(extra, dict) else {}, PROMPT_FIELDS, "prompt", "extra_info")
     response = need(body, "response", "it is the output to score")
-    return [triple_row(prompt, need(body, "label", LABEL_REMEDY), response, query)]
+    label = need(body, "label", LABEL_REMEDY)
+    return [triple_row(prompt, label, response, query, MISSING_REFERENCE["xtuner"])]
 
 
 def write_xtuner(body: dict[str, Json], answer: Answer) -> Json:
@@ -106,9 +109,18 @@ DIALECTS = (
         read_openrlhf,
         write_openrlhf,
         OPENRLHF_EXAMPLE,
+        THINKING,
     ),
-    Dialect("slime", ("/slime",), "slime's remote_rm: a bare number", read_slime, write_slime, SLIME_EXAMPLE),
-    Dialect("xtuner", ("/xtuner/judge",), "xtuner v1's judger", read_xtuner, write_xtuner, XTUNER_EXAMPLE),
+    Dialect("slime", ("/slime",), "slime's remote_rm: a bare number", read_slime, write_slime, SLIME_EXAMPLE, THINKING),
+    Dialect(
+        "xtuner",
+        ("/xtuner/judge",),
+        "xtuner v1's judger, for one that puts each sample's prompt into extra_info",
+        read_xtuner,
+        write_xtuner,
+        XTUNER_EXAMPLE,
+        THINKING,
+    ),
     Dialect(
         "llamafactory",
         ("/llamafactory",),

@@ -72,6 +72,35 @@ def test_enough_rows_are_sent_without_waiting():
     assert sent.calls == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
+def test_a_caller_that_fills_a_request_goes_at_once_and_by_itself():
+    small, large = Sent(), Sent(hangs=True)
+
+    async def run():
+        coalescer = Coalescer(small, send_large=large, wait_s=0.001, rows_of_a_request=3)
+        before = asyncio.create_task(coalescer.ask([triple(0)]))
+        giant = asyncio.create_task(coalescer.ask([triple(n) for n in range(10, 13)]))
+        after = asyncio.create_task(coalescer.ask([triple(1), triple(2)]))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        sent_at_once = [list(call) for call in large.calls], list(small.calls)
+        answers = rewards(await before), rewards(await after)
+        giant.cancel()
+        await asyncio.wait([giant])
+        await coalescer.aclose()
+        return sent_at_once, answers
+
+    sent_at_once, answers = asyncio.run(run())
+    assert sent_at_once == ([[10, 11, 12]], [])
+    assert answers == ([0.0], [1.0, 2.0])
+    assert small.calls == [[0, 1, 2]]
+    assert large.cancelled == 1
+
+
+def test_without_a_way_of_their_own_large_callers_take_the_others():
+    sent = Sent()
+    assert rewards(asyncio.run(Coalescer(sent, rows_of_a_request=1).ask([triple(4)]))) == [4.0]
+
+
 def test_nothing_asked_is_nothing_sent():
     sent = Sent()
     assert asyncio.run(Coalescer(sent).ask([])) == []

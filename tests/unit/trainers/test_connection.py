@@ -3,6 +3,7 @@
 import asyncio
 import multiprocessing
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,11 +11,11 @@ import pytest
 from polar_ray.errors import ConfigError, EngineError, Overloaded, TripleError
 from polar_ray.trainers import connection
 from polar_ray.trainers.endpoint import Endpoint
-from tests.support.scripted_server import error_answer, good, rewards_reply, scripted_server
+from tests.support.scripted_server import error_answer, good, n_rows, rewards_reply, scripted_server
 
 CALLERS, LOOPS = 50, 4
 
-SURELY_S = 0.3
+SURELY_S = 0.6
 """Within which a busy machine gets round to all callers of a test."""
 
 
@@ -150,8 +151,67 @@ def test_the_address_is_read_from_the_environment_when_it_is_needed(monkeypatch)
         assert script.headers[0]["authorization"] == "Bearer secret"
 
 
-def test_a_token_is_not_shown():
-    assert "secret" not in repr(Endpoint("127.0.0.1:1", token="secret"))
+ADDRESSES = [
+    "127.0.0.1:1",
+    "https://host.example/polar",
+    "x:secret@127.0.0.1:1",
+    "https://x:secret@host.example/polar",
+    "x:se/cr@secret://secret\n@127.0.0.1:1",
+]
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_a_token_is_not_shown(address):
+    shown = repr(Endpoint(address, token="secret", deadline_s=9))
+    assert "secret" not in shown
+    assert "se/" not in shown
+    assert shown.startswith("Endpoint(address='")
+    assert "deadline_s=9" in shown
+    assert ("127.0.0.1:1" if "127" in address else "https://host.example/polar") in shown
+
+
+def test_the_environments_endpoint_is_shown_as_none():
+    assert repr(Endpoint()).startswith("Endpoint(address=None, deadline_s=")
+
+
+MANY = 256
+
+
+def test_a_callers_few_rows_do_not_wait_for_anothers_many():
+    def slow_for_many(body):
+        if n_rows(body) >= MANY:
+            time.sleep(2)
+        return good(body)
+
+    with scripted_server(slow_for_many) as script:
+
+        async def run():
+            endpoint = Endpoint(script.address)
+            many = asyncio.create_task(endpoint.ascore([fields(number) for number in range(MANY)]))
+            await asyncio.sleep(0)
+            few = await endpoint.ascore([fields(7)])
+            assert not many.done()
+            return few, await many
+
+        few, many = asyncio.run(run())
+    assert [row.reward for row in few] == [7.0]
+    assert [row.reward for row in many] == [float(number) for number in range(MANY)]
+
+
+@pytest.mark.parametrize("nothing", [None, "", [], [{"role": "user", "content": ""}]], ids=str)
+def test_an_empty_prompt_or_reference_is_no_sample_of_any_trainer(nothing):
+    endpoint = Endpoint("127.0.0.1:1")
+    for row in ((nothing, "r", "o"), ("p", nothing, "o")):
+        with pytest.raises(TripleError, match="empty or null"):
+            endpoint.score([row])
+
+
+def test_a_templated_prompt_and_its_output_are_sent_without_markup():
+    with scripted_server(rewards_reply([1.0])) as script:
+        prompt = "<|user|>\n2+2?<|end|>\n<|assistant|>\n"
+        Endpoint(script.address).score([(prompt, "r", "two and two</think> 4<|end|><|endoftext|>")])
+        (body,) = script.bodies
+    assert (body["triples"][0]["prompt"], body["triples"][0]["output"]) == ("2+2?", "4")
 
 
 def test_an_unknown_setting_is_named():

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -12,10 +13,11 @@ from starlette.responses import JSONResponse
 from polar_ray import Scorer, Triple
 from polar_ray.config import EngineConfig
 from polar_ray.errors import RequestInvalid, TripleError
+from polar_ray.serving import openapi
 from polar_ray.serving.dialects import DIALECTS
 from polar_ray.serving.dialects.base import Answer
 from polar_ray.serving.dialects.openai import GRADER_ERRORS
-from polar_ray.triples import Rendered, Scored, TokenIds
+from polar_ray.triples import Rendered, Scored, TokenIds, join_text
 from polar_ray.wire import error_reply
 from tests.support.endpoint import api_client, serve_config
 
@@ -148,6 +150,7 @@ def test_openrlhf_sends_the_policys_own_markup():
     assert first == Triple("Be brief.\n2+2?", "4", "4")
     assert second == Triple("plain prompt, ", "R", "plain answer")
     assert read("/get_reward", body, PLAIN)[0].output == "<think>two and\ntwo</think>\n\n4"
+    assert read("/get_reward", body, {"think": "strip"}) == [first, second]
     logs = write("/get_reward", body, 1.0, 2.0)["extra_logs"]
     assert all(isinstance(value, float) for values in logs.values() for value in values)
 
@@ -161,7 +164,81 @@ def test_a_query_that_does_not_begin_with_its_prompt_is_not_scored():
 
 def test_slime_sends_its_prompt_templated():
     body = {"prompt": "<|im_start|>user\nP<|im_end|>\n<|im_start|>assistant\n<think>\n", "label": "R"}
-    assert read("/slime", {**body, "response": "hm\n</think>\n\nO<|im_end|>"}) == [Triple("P", "R", "O")]
+    body["response"] = "hm\n</think>\n\nO<|im_end|>"
+    assert read("/slime", body) == [Triple("P", "R", "O")]
+    assert read("/slime", body, PLAIN) == [Triple("P", "R", "<think>\nhm\n</think>\n\nO")]
+
+
+def response(*texts):
+    """One of OpenAI's Responses: a message for each text."""
+    messages = [{"type": "message", "content": [{"type": "output_text", "text": text}]} for text in texts]
+    return {"output": [{"type": "reasoning", "summary": []}, *messages]}
+
+
+TEMPLATED = "<|turn>user\nP<turn|>\n<|turn>model\n"
+WRITTEN = "hm</think>O<turn|>"
+
+IN_MARKUP = {
+    "/get_reward": {"query": [TEMPLATED + WRITTEN], "prompts": [TEMPLATED], "labels": ["R"]},
+    "/slime": {"prompt": TEMPLATED, "response": WRITTEN, "label": "R"},
+    "/xtuner/judge": {"response": WRITTEN, "label": "R", "extra_info": {"prompt": TEMPLATED}},
+    "/verify": {"responses_create_params": {"input": TEMPLATED}, "response": response(WRITTEN), "label": "R"},
+    "/v1/fine_tuning/alpha/graders/run": {"model_sample": WRITTEN, "item": {"input": TEMPLATED, "label": "R"}},
+}
+
+
+@pytest.mark.parametrize(("path", "body"), IN_MARKUP.items())
+def test_every_trainers_road_takes_the_same_markup_off(path, body):
+    (row,) = read(path, body)
+    assert (row.prompt, row.reference, join_text(row.output, "output")) == ("P", "R", "O")
+
+
+def test_vllms_score_takes_its_texts_as_they_are():
+    body = {"queries": TEMPLATED, "documents": [WRITTEN], "reference": "R"}
+    assert read("/score", body) == [Triple(TEMPLATED, "R", WRITTEN)]
+
+
+NO_REFERENCE = [
+    ("/get_reward", {"query": ["pO"], "prompts": ["p"], "labels": [None]}, "--data.label_key"),
+    ("/get_reward", {"query": ["pO"], "prompts": ["p"], "labels": [""]}, "--data.label_key"),
+    ("/slime", {"prompt": "P", "response": "O", "label": ""}, "--label-key"),
+    ("/slime", {"prompt": "P", "response": "O", "label": [{"role": "assistant", "content": ""}]}, "--label-key"),
+    ("/xtuner/judge", {"response": "O", "label": "", "extra_info": {"prompt": "P"}}, "ground_truth"),
+    ("/verify", {"responses_create_params": {"input": "P"}, "response": response("O"), "label": ""}, "reference or"),
+    ("/v1/fine_tuning/alpha/graders/run", {"item": {"prompt": "P", "label": ""}, "model_sample": "O"}, "reference or"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "says"), NO_REFERENCE)
+def test_a_reference_of_nothing_gets_no_reward_where_empty_outputs_do(path, body, says):
+    (row,) = read(path, body)
+    assert isinstance(row, TripleError)
+    assert re.search(f"reference: empty or null.*{says}", str(row))
+
+    async def test():
+        async with api_client(serve_config(limits={"on_empty": "score"})) as (client, _):
+            return await client.post(path, json=body), await client.post("/slime", json=EMPTY_OUTPUT)
+
+    refused, scored = asyncio.run(test())
+    assert (refused.status_code, refused.json()["error"]["code"]) == (422, "triple_invalid")
+    assert (scored.status_code, type(scored.json())) == (200, float)
+
+
+EMPTY_OUTPUT = {"prompt": "P", "response": "", "label": "R"}
+
+
+@pytest.mark.parametrize("path", [path for path, dialect in BY_PATH.items() if "think" in dialect.parameters])
+def test_another_word_for_thinking_is_refused(path):
+    with pytest.raises(RequestInvalid, match="think: expected one of"):
+        read(path, BY_PATH[path].example, {"think": "KEEP"})
+
+
+def test_dialects_of_what_a_policy_wrote_say_that_think_may_be_asked():
+    asked = {path for path, dialect in BY_PATH.items() if "think" in dialect.parameters}
+    assert asked == set(IN_MARKUP)
+    names = {one["name"] for one in openapi.dialect(BY_PATH["/slime"])["parameters"]}
+    assert names == {"deadline_s", "priority", "expect_receipt", "think"}
+    assert "think" not in {one["name"] for one in openapi.dialect(BY_PATH["/pooling"])["parameters"]}
 
 
 def test_slime_sends_strings_or_messages():
@@ -183,12 +260,52 @@ def test_nemo_gym_keeps_the_body_and_finds_the_reference(place):
         {"type": "reasoning", "summary": []},
         {"type": "message", "content": [{"type": "output_text", "text": "4"}, {"type": "refusal", "refusal": "no"}]},
     ]
-    for prompt in ("2+2?", [{"role": "user", "content": [{"type": "input_text", "text": "2+2?"}]}]):
+    messages = [{"role": "user", "content": "2+2?"}]
+    parts = [{"role": "user", "content": [{"type": "input_text", "text": "2+2?"}]}]
+    for prompt, read_as in (("2+2?", "2+2?"), (messages, messages), (parts, messages)):
         body = {"responses_create_params": {"input": prompt}, "response": {"output": output}}
         for holder in ({place: "R"}, {"verifier_metadata": {place: "R"}}):
             (row,) = read("/verify", {**body, **holder})
-            assert row == Triple([{"role": "user", "content": "2+2?"}], "R", "4")
+            assert row == Triple(read_as, "R", [{"role": "assistant", "content": "4"}])
     assert write("/verify", body, 1.5) == {**body, "reward": 1.5}
+
+
+def test_nemo_gyms_instructions_stand_before_the_input():
+    params = {"instructions": "Be brief.", "input": "2+2?"}
+    (row,) = read("/verify", {"responses_create_params": params, "response": response("4"), "label": "R"})
+    assert [message["content"] for message in row.prompt] == ["Be brief.", "2+2?"]
+
+
+def test_every_message_of_a_response_loses_its_own_think_block():
+    texts = ("<think>a</think>First.", "<think>b</think>Second.<|im_end|>")
+    body = {"responses_create_params": {"input": "P"}, "response": response(*texts), "label": "R"}
+    (row,) = read("/verify", body)
+    assert join_text(row.output, "output") == "First.\nSecond."
+    (kept,) = read("/verify", body, PLAIN)
+    assert join_text(kept.output, "output") == "<think>a</think>First.\n<think>b</think>Second."
+
+
+def test_a_response_that_ended_while_it_reasoned_is_an_empty_output():
+    body = {"responses_create_params": {"input": "P"}, "response": response(), "label": "R"}
+    (row,) = read("/verify", body)
+    assert join_text(row.output, "output") == ""
+
+    async def test(on_empty):
+        async with api_client(serve_config(limits={"on_empty": on_empty})) as (client, _):
+            return await client.post("/verify", json=body)
+
+    refused, scored = asyncio.run(test("error")), asyncio.run(test("score"))
+    assert (refused.status_code, refused.json()["error"]["code"]) == (422, "triple_empty")
+    assert (scored.status_code, type(scored.json()["reward"])) == (200, float)
+
+
+def test_nemo_gyms_agents_may_begin_a_session():
+    async def test():
+        async with api_client(serve_config()) as (client, _):
+            return await client.post("/seed_session", json=BY_PATH["/seed_session"].example)
+
+    seeded = asyncio.run(test())
+    assert (seeded.status_code, seeded.json()) == (200, {})
 
 
 def test_a_grader_says_what_was_cut():
@@ -215,15 +332,18 @@ REFUSED = [
     ("/score", {"queries": "P", "documents": ["a"]}, "send reference beside it"),
     ("/score", {"queries": ["P", "Q"], "documents": ["a"], "reference": "R"}, "as many as documents"),
     ("/score", {"documents": ["a"]}, "expected queries"),
-    ("/get_reward", {"query": ["q"], "prompts": ["p"]}, "the reference, which POLAR needs"),
+    ("/get_reward", {"query": ["q"], "prompts": ["p"]}, "the reference, which POLAR needs.*--data.label_key"),
     ("/get_reward", {"query": ["q"], "labels": ["r"]}, "without it the output cannot be told"),
     ("/get_reward", {"query": ["q"], "prompts": ["p"], "labels": []}, "as many entries each"),
-    ("/slime", {"prompt": "P", "response": "O"}, "label is missing; it is the reference"),
-    ("/xtuner/judge", {"response": "O", "label": "R"}, "send it as prompt or message or"),
+    ("/slime", {"prompt": "P", "response": "O"}, "label is missing; it is the reference.*--label-key"),
+    ("/xtuner/judge", {"response": "O", "label": "R"}, "extra_info has no prompt.*send it as prompt or message or"),
+    ("/xtuner/judge", {"response": "O", "label": "R", "prompt": "P"}, "extra_info has no prompt"),
+    ("/xtuner/judge", {"response": "O", "label": "R", "extra_info": "P"}, "extra_info has no prompt"),
     ("/xtuner/judge", {"response": "O", "label": "R", "extra_info": {}}, "extra_info has no prompt"),
     ("/llamafactory", {"model": "m", "messages": ["a whole text"]}, "no reference, which POLAR needs"),
     ("/verify", {"responses_create_params": {"input": "P"}, "response": {"output": []}}, "no reference"),
-    ("/verify", {"responses_create_params": {"input": "P"}, "response": {}, "label": "R"}, "no message with"),
+    ("/verify", {"responses_create_params": {"input": "P"}, "response": {}, "label": "R"}, "no list of output"),
+    ("/verify", {"responses_create_params": {"input": "P"}, "response": {"output": "4"}, "label": "R"}, "no list of"),
     ("/v1/fine_tuning/alpha/graders/run", {"item": {"prompt": "P"}, "model_sample": "O"}, "item has no reference"),
 ]
 
