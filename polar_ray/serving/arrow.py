@@ -1,14 +1,15 @@
 """Arrow IPC in and out, for callers with many rows: no JSON to parse, and numbers stay binary.
 
 A body can say in a few bytes what takes gigabytes to look at (a million nulls, one long string a million times, zeros
-compressed), so layouts whose size in memory is not their size on the wire are refused, and rows are counted, before
-anything is made of them.
+compressed), so layouts whose size in memory is not their size on the wire are refused, or measured, and rows are
+counted, before anything is made of them.
 """
 
 from __future__ import annotations
 
 import struct
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -21,6 +22,9 @@ from polar_ray.wire import ARROW_REPLY_KEY, RewardsReply
 COLUMNS = ColumnsConfig()
 TEXTS = ("prompt", "reference", "output")
 FIELDS = frozenset({*TEXTS, "wrapper", "id"})
+
+AS_BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+"""Types of texts (views are what polars writes), and of the same texts without the promise that they are UTF-8."""
 
 MOST_MESSAGES = 1 << 20
 """Of one request: a message is a dict in memory, whatever it takes on the wire."""
@@ -52,6 +56,7 @@ def read_rows(body: bytes, limits: RequestConfig) -> list[Row]:
             table = _read_table(stream, limits.max_rows)
         table = _with_strings_as_bytes(table)
         table.validate(full=True)  # offsets come from a stranger
+        _refuse_swollen_views(table, limits.max_body_bytes)
     except (pa.ArrowException, OSError, ValueError, struct.error) as error:
         if isinstance(error, RequestInvalid):
             raise
@@ -146,7 +151,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _is_string(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    return kind in AS_BYTES
 
 
 def _read_table(stream: pa.ipc.RecordBatchStreamReader, max_rows: int) -> pa.Table:
@@ -164,11 +169,30 @@ def _read_table(stream: pa.ipc.RecordBatchStreamReader, max_rows: int) -> pa.Tab
 def _with_strings_as_bytes(table: pa.Table) -> pa.Table:
     """So that a text that is not UTF-8 is its own row's affair."""
     for place, field in enumerate(table.schema):
-        if _is_string(field.type):
-            kind = pa.large_binary() if pa.types.is_large_string(field.type) else pa.binary()
+        if (kind := AS_BYTES.get(field.type)) is not None:
             chunks = [chunk.view(kind) for chunk in table.column(place).chunks]
             table = table.set_column(place, field.name, pa.chunked_array(chunks, kind))
     return table
+
+
+def _refuse_swollen_views(table: pa.Table, max_bytes: int) -> None:
+    """A million views can be of one long text."""
+    if sum(_bytes_of_views(chunk) for column in table.itercolumns() for chunk in column.chunks) > max_bytes:
+        raise RequestTooLarge(f"the texts are more than requests.max_body_bytes = {max_bytes}", max_bytes=max_bytes)
+
+
+def _bytes_of_views(array: pa.Array) -> int:
+    """Bytes of all texts that stand in views, however deep; a view begins with its length in four bytes."""
+    if pa.types.is_string_view(array.type) or pa.types.is_binary_view(array.type):
+        views = np.frombuffer(array.buffers()[1] or b"", dtype=np.int32).reshape(-1, 4)
+        return int(
+            views[array.offset : array.offset + len(array), 0].sum(where=np.asarray(array.is_valid()), dtype=np.int64)
+        )
+    if _is_list(array.type):
+        return _bytes_of_views(array.values)
+    if pa.types.is_struct(array.type):
+        return sum(_bytes_of_views(array.field(place)) for place in range(array.type.num_fields))
+    return 0
 
 
 def _read_ids(column: pa.ChunkedArray) -> list[Row]:

@@ -106,7 +106,6 @@ NOTHING = pa.array(
     [
         ("output", DICTIONARY),
         ("wrapper", DICTIONARY),
-        ("output", pa.array(TEXT, pa.string_view())),
         ("output", pa.RunEndEncodedArray.from_arrays(pa.array([2], pa.int32()), pa.array(["P"]))),
         ("output", pa.array([[None], [None]], pa.list_(pa.null()))),
         ("output", NOTHING),
@@ -120,6 +119,38 @@ def test_types_that_are_larger_than_they_look_or_no_text_are_refused_by_name(nam
     table = pa.table({"prompt": TEXT, "reference": TEXT, "output": TEXT} | {name: column})
     with pytest.raises(RequestInvalid, match=f"{name}: expected .*cast the column"):
         read_rows(stream(table), LIMITS)
+
+
+def test_views_are_texts_as_polars_writes_them():
+    view = pa.string_view()
+    message = pa.list_(pa.struct([("role", view), ("content", view)]))
+    table = pa.table(
+        {
+            "prompt": pa.array([[{"role": "user", "content": "P" * 20}], None], message),
+            "reference": pa.array(["R", "a reference longer than a view"], view),
+            "output": pa.array([None, "O"], view),
+        }
+    )
+    first, second = read_rows(stream(table), LIMITS)
+    assert first.details["field"] == "output"
+    assert second.details["field"] == "prompt"
+    table = table.set_column(2, "output", pa.array(["O", "O"], view)).slice(0, 1)
+    (row,) = read_rows(stream(table), LIMITS)
+    assert row == Triple([{"role": "user", "content": "P" * 20}], "R", "O")
+
+
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_a_long_text_that_is_shown_many_times_is_refused(is_nested):
+    text = pa.array(["x" * 100_000], pa.string_view())
+    views = text.buffers()[1].to_pybytes() * 500
+    column = pa.Array.from_buffers(pa.string_view(), 500, [None, pa.py_buffer(views), *text.buffers()[2:]])
+    if is_nested:
+        messages = pa.StructArray.from_arrays([column], ["content"])
+        column = pa.ListArray.from_arrays(pa.array(range(501), pa.int32()), messages)
+    body = stream(pa.table({"prompt": column, "reference": ["R"] * 500, "output": ["O"] * 500}))
+    assert len(body) < 150_000
+    with pytest.raises(RequestTooLarge, match=r"the texts are more than requests\.max_body_bytes"):
+        read_rows(body, RequestConfig(max_body_bytes=1 << 20))
 
 
 def test_rows_are_counted_before_any_is_made():
