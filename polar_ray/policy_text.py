@@ -44,6 +44,7 @@ def _any_of(texts: Sequence[str]) -> str:
 
 _END_IN_REVERSE = re.compile(rf"(?:\s*+(?:{_any_of([token[::-1] for token in END_TOKENS])}))*+")
 _BEGIN = re.compile(rf"(?:{_any_of(BEGIN_TOKENS)})*+")
+_UNOPENED_END = re.compile(rf"(?<![`'\"]){END_OF_THINK}(?![`'\"])")
 _CLOSED_THINK = re.compile(rf"(?:{THINK})?\s*+{END_OF_THINK}\s*+")
 
 
@@ -95,6 +96,7 @@ MARKUPS = (
 )
 
 DEEPSEEK = re.compile(r"<[｜|](User|Assistant)[｜|]>")
+_DEEPSEEKS_TURN = re.compile(r"<[｜|]Assistant[｜|]>\s*+(?:</?think>\s*+)*+\Z")
 MISTRAL = re.compile(r"\[/?INST\]|\[/?SYSTEM_PROMPT\]|</s>")
 
 
@@ -141,12 +143,16 @@ def strip_thinking(text: str) -> str:
     """What follows the first think block, stripped of white space; a text without a closed one as it is.
 
     Upstream's rule (POLAR repository, `src/polar/reward_func.py`, `extract_thinking_content`), and beyond it: a block
-    needs no `<think>`. The templates of DeepSeek-R1's distills and of Qwen3's thinking models end with it, so that
-    their policies write the rest of the block only, and most trainers hand over what the policy wrote. Upstream would
-    score the reasoning as the answer. Thinking in other marks (Gemma 4, gpt-oss) is not known here and counts as text.
+    needs no `<think>`, unless its `</think>` stands in quotes or backticks. The templates of DeepSeek-R1's distills and
+    of Qwen3's thinking models end with it, so that their policies write the rest of the block only, and most trainers
+    hand over what the policy wrote. Upstream would score the reasoning as the answer. Thinking in other marks (Gemma 4,
+    gpt-oss) is not known here and counts as text.
     """
-    _, end, answer = text.partition(END_OF_THINK)
-    return answer.strip() if end else text
+    begin, unopened = text.find(THINK), _UNOPENED_END.search(text)
+    if unopened is not None and not 0 <= begin < unopened.start():
+        return text[unopened.end() :].strip()
+    end = -1 if begin < 0 else text.find(END_OF_THINK, begin)
+    return text if end < 0 else text[end + len(END_OF_THINK) :].strip()
 
 
 def output_of(query: str, prompt: str) -> str:
@@ -191,7 +197,7 @@ def _contents(text: str, began: str) -> list[str] | None:
     for markup in MARKUPS:
         if markup.begin in began and (turns := _headed_turns(text, markup)) is not None:
             return turns
-    if text.startswith(("[INST]", "[SYSTEM_PROMPT]")) and "[/INST]" in text:
+    if text.startswith(("[INST]", "[SYSTEM_PROMPT]")) and text.rstrip().endswith("[/INST]"):
         return [content for content in (part.strip() for part in MISTRAL.split(text)) if content]
     return _deepseek_turns(text) if _is_deepseeks(text, began) else None
 
@@ -217,11 +223,9 @@ def _headed_turns(text: str, markup: Markup) -> list[str] | None:
 
 def _is_deepseeks(text: str, began: str) -> bool:
     """Whether DeepSeek's marks are a template's here: a prompt may well mention them."""
-    return (
-        any(token in began for token in DEEPSEEK_BEGIN)
-        or DEEPSEEK.match(text) is not None
-        or ("<｜User｜>" in text and "<｜Assistant｜>" in text)
-    )
+    if any(token in began for token in DEEPSEEK_BEGIN):
+        return True
+    return bool(_DEEPSEEKS_TURN.search(text))
 
 
 def _deepseek_turns(text: str) -> list[str] | None:

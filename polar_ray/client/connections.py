@@ -13,26 +13,27 @@ that is most of what a client does."""
 
 
 class Connections:
-    """`most` connections; a request for which none is free waits for one. For one event loop."""
+    """`most` connections; a request for which none is free waits for its turn. For one event loop."""
 
     def __init__(self, most: int, **options: Any) -> None:
         """`options` are those of `httpx.AsyncClient`."""
         self._pools: list[httpx.AsyncClient] = []
-        self._free: asyncio.LifoQueue[httpx.AsyncClient] = asyncio.LifoQueue()
+        self._free: list[httpx.AsyncClient] = []
+        self._turn = asyncio.Semaphore(most)  # lets nobody who comes later go before those who wait
         for start in range(0, most, CONNECTIONS_PER_POOL):
             size = min(CONNECTIONS_PER_POOL, most - start)
             limits = httpx.Limits(max_connections=size, max_keepalive_connections=size)
             self._pools.append(httpx.AsyncClient(limits=limits, **options))
-            for _ in range(size):
-                self._free.put_nowait(self._pools[-1])
+            self._free += [self._pools[-1]] * size
 
     async def request(self, method: str, url: str, **arguments: Any) -> httpx.Response:
         """The whole response. `arguments` and errors are those of `httpx.AsyncClient.request`."""
-        pool = await self._free.get()
-        try:
-            return await pool.request(method, url, **arguments)
-        finally:
-            self._free.put_nowait(pool)
+        async with self._turn:
+            pool = self._free.pop()
+            try:
+                return await pool.request(method, url, **arguments)
+            finally:
+                self._free.append(pool)
 
     async def aclose(self) -> None:
         """Let go of them. May be called twice."""

@@ -7,7 +7,9 @@ counted, before anything is made of them.
 
 from __future__ import annotations
 
+import re
 import struct
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +27,11 @@ FIELDS = frozenset({*TEXTS, "wrapper", "id"})
 
 AS_BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
 """Types of texts (views are what polars writes), and of the same texts without the promise that they are UTF-8."""
+
+MESSAGE_FIELDS = ("role", "content")
+
+PANDAS_INDEX = re.compile(r"__index_level_\d+__")
+"""Columns that pandas adds of itself to a frame that was filtered or sorted."""
 
 MOST_MESSAGES = 1 << 20
 """Of one request: a message is a dict in memory, whatever it takes on the wire."""
@@ -52,11 +59,14 @@ def read_rows(body: bytes, limits: RequestConfig) -> list[Row]:
     try:
         _refuse_compression(body)
         with pa.ipc.open_stream(pa.py_buffer(body)) as stream:
-            _check_layout(stream.schema)
-            table = _read_table(stream, limits.max_rows)
-        table = _with_strings_as_bytes(table)
-        table.validate(full=True)  # offsets come from a stranger
-        _refuse_swollen_views(table, limits.max_body_bytes)
+            names = _check_layout(stream.schema)
+            table = _read_table(stream, limits.max_rows).select(names)
+        table.validate()
+        table = _map(table, _without_extras)
+        _map(table, _as_bytes).validate(
+            full=True
+        )  # offsets come from a stranger; that texts are UTF-8 is a row's affair
+        _refuse_swollen(table, limits.max_body_bytes)
     except (pa.ArrowException, OSError, ValueError, struct.error) as error:
         if isinstance(error, RequestInvalid):
             raise
@@ -111,47 +121,54 @@ def _is_compressed(metadata: bytes) -> bool:
     return field(batch if header == 3 else follow(field(batch, 1)), 3) is not None
 
 
-def _check_layout(schema: pa.Schema) -> None:
-    """Raise `RequestInvalid` for other columns, or for types that are not as large in memory as in the body."""
-    names = set(schema.names)
-    if len(names) != len(schema.names):
+def _check_layout(schema: pa.Schema) -> list[str]:
+    """The columns to read. Raises `RequestInvalid` for others, and for types that cannot be what they are to hold."""
+    given = [name for name in schema.names if not PANDAS_INDEX.fullmatch(name)]
+    names = set(given)
+    if len(names) != len(given):
         raise RequestInvalid("two columns have the same name")
     if names != {"ids"} and (not {*TEXTS} <= names or names - FIELDS):
         raise RequestInvalid(
             f"expected the columns prompt, reference, output and optionally wrapper and id, or ids alone; found "
             f"{', '.join(sorted(names))[:200] or 'none'}"
         )
-    for field in schema:
-        wanted, is_fit = _expected(field.name, field.type)
+    for name in given:
+        kind = schema.field(name).type
+        wanted, is_fit = _expected(name, kind)
         if not is_fit:
-            raise RequestInvalid(f"{field.name}: expected {wanted}, found {str(field.type)[:100]}; cast the column")
+            raise RequestInvalid(f"{name}: expected {wanted}, found {str(kind)[:100]}; cast the column")
+    return given
 
 
 def _expected(name: str, kind: pa.DataType) -> tuple[str, bool]:
     """What a column may be, in words, and whether `kind` is that."""
     if name == "ids":
         return "lists of integers", _is_list(kind) and pa.types.is_integer(kind.value_type)
-    plain = _is_string(kind) or pa.types.is_null(kind)
     if name == "id":
-        return "strings or integers", plain or pa.types.is_integer(kind)
+        return "strings or integers", _is_text(kind) or pa.types.is_integer(kind)
     if name == "wrapper":
-        return "strings", plain
-    return "strings or lists of messages", plain or (_is_list(kind) and _is_message(kind.value_type))
+        return "strings", _is_text(kind)
+    return "strings or lists of messages", _is_text(kind) or (_is_list(kind) and _is_message(kind.value_type))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Texts, or nothing but nulls; pandas' categories are dictionaries."""
+    if pa.types.is_dictionary(kind):
+        return kind.value_type in (pa.string(), pa.large_string())
+    return kind in AS_BYTES or kind in AS_BYTES.values() or pa.types.is_null(kind)
 
 
 def _is_message(kind: pa.DataType) -> bool:
+    """Whether items of a list can be messages; what stands in them besides role and content is not looked at."""
+    if pa.types.is_null(kind):
+        return True
     if not pa.types.is_struct(kind) or kind.get_field_index("content") < 0:
         return False
-    is_plain = [_is_string(part.type) or pa.types.is_null(part.type) for part in kind]
-    return all(is_plain) and _is_string(kind.field("content").type)
+    return all(_is_text(part.type) for part in kind if part.name in MESSAGE_FIELDS)
 
 
 def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
-
-
-def _is_string(kind: pa.DataType) -> bool:
-    return kind in AS_BYTES
 
 
 def _read_table(stream: pa.ipc.RecordBatchStreamReader, max_rows: int) -> pa.Table:
@@ -166,32 +183,65 @@ def _read_table(stream: pa.ipc.RecordBatchStreamReader, max_rows: int) -> pa.Tab
     return pa.Table.from_batches(batches, stream.schema)
 
 
-def _with_strings_as_bytes(table: pa.Table) -> pa.Table:
-    """So that a text that is not UTF-8 is its own row's affair."""
-    for place, field in enumerate(table.schema):
-        if (kind := AS_BYTES.get(field.type)) is not None:
-            chunks = [chunk.view(kind) for chunk in table.column(place).chunks]
-            table = table.set_column(place, field.name, pa.chunked_array(chunks, kind))
-    return table
+def _map(table: pa.Table, change: Callable[[pa.Array], pa.Array]) -> pa.Table:
+    columns = [[change(chunk) for chunk in column.chunks] for column in table.itercolumns()]
+    return pa.table(
+        {
+            field.name: pa.chunked_array(chunks) if chunks else pa.chunked_array([], field.type)
+            for field, chunks in zip(table.schema, columns, strict=True)
+        }
+    )
 
 
-def _refuse_swollen_views(table: pa.Table, max_bytes: int) -> None:
-    """A million views can be of one long text."""
-    if sum(_bytes_of_views(chunk) for column in table.itercolumns() for chunk in column.chunks) > max_bytes:
+def _without_extras(array: pa.Array) -> pa.Array:
+    """Messages with their role and content only."""
+    if not _is_list(array.type) or not pa.types.is_struct(array.type.value_type):
+        return array
+    messages = array.values
+    kept = [name for name in MESSAGE_FIELDS if messages.type.get_field_index(name) >= 0]
+    return _list_of(array, _struct_of(messages, {name: messages.field(name) for name in kept}))
+
+
+def _as_bytes(array: pa.Array) -> pa.Array:
+    """The same with texts as bytes, however deep."""
+    if array.type in AS_BYTES:
+        return array.view(AS_BYTES[array.type])
+    if pa.types.is_dictionary(array.type):
+        return pa.DictionaryArray.from_arrays(array.indices, _as_bytes(array.dictionary))
+    if _is_list(array.type):
+        return _list_of(array, _as_bytes(array.values))
+    if pa.types.is_struct(array.type):
+        return _struct_of(array, {field.name: _as_bytes(array.field(field.name)) for field in array.type})
+    return array
+
+
+def _list_of(array: pa.Array, values: pa.Array) -> pa.Array:
+    return type(array).from_arrays(array.offsets, values, mask=array.is_null())
+
+
+def _struct_of(array: pa.StructArray, fields: Mapping[str, pa.Array]) -> pa.StructArray:
+    return pa.StructArray.from_arrays(list(fields.values()), list(fields), mask=array.is_null())
+
+
+def _refuse_swollen(table: pa.Table, max_bytes: int) -> None:
+    """A million views, or a million entries of a dictionary, can be of one long text."""
+    if sum(_bytes_shown(chunk) for column in table.itercolumns() for chunk in column.chunks) > max_bytes:
         raise RequestTooLarge(f"the texts are more than requests.max_body_bytes = {max_bytes}", max_bytes=max_bytes)
 
 
-def _bytes_of_views(array: pa.Array) -> int:
-    """Bytes of all texts that stand in views, however deep; a view begins with its length in four bytes."""
-    if pa.types.is_string_view(array.type) or pa.types.is_binary_view(array.type):
-        views = np.frombuffer(array.buffers()[1] or b"", dtype=np.int32).reshape(-1, 4)
-        return int(
-            views[array.offset : array.offset + len(array), 0].sum(where=np.asarray(array.is_valid()), dtype=np.int64)
-        )
+def _bytes_shown(array: pa.Array) -> int:
+    """Bytes of all texts that stand somewhere once and are shown more often, however deep."""
+    if array.type in (pa.string_view(), pa.binary_view()):
+        views = np.frombuffer(array.buffers()[1] or b"", dtype=np.int32).reshape(-1, 4)  # the first is the length
+        lengths = views[array.offset : array.offset + len(array), 0]
+        return int(lengths.sum(where=np.asarray(array.is_valid()), dtype=np.int64))
+    if pa.types.is_dictionary(array.type):
+        lengths = pc.binary_length(array.dictionary).cast(pa.int64())
+        return int(pc.sum(lengths.take(array.indices)).as_py() or 0)
     if _is_list(array.type):
-        return _bytes_of_views(array.values)
+        return _bytes_shown(array.values)
     if pa.types.is_struct(array.type):
-        return sum(_bytes_of_views(array.field(place)) for place in range(array.type.num_fields))
+        return sum(_bytes_shown(array.field(place)) for place in range(array.type.num_fields))
     return 0
 
 

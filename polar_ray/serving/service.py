@@ -25,12 +25,13 @@ from polar_ray.errors import (
     RequestTooLarge,
     TripleError,
     TripleTooLong,
+    Unavailable,
 )
 from polar_ray.model.locate import is_untrained, locate_model
 from polar_ray.receipts import Receipt, build_receipt
 from polar_ray.scoring import CANARY, Outcome, Scorer, has_gpu, scored_row
 from polar_ray.serving.admission import Admission
-from polar_ray.serving.batcher import Batcher, Computed
+from polar_ray.serving.batcher import SHUTTING_DOWN, Batcher, Computed
 from polar_ray.serving.metrics import Metrics
 from polar_ray.triples import TEXT_FIELDS, Rendered, Row, Scored, Text, TokenIds, Triple
 from polar_ray.wire import (
@@ -118,6 +119,7 @@ class RewardService:
         self._loop = asyncio.get_running_loop()
         self._created = int(time.time())
         self._is_broken = False
+        self._is_closed = False
         self._encoders = ThreadPoolExecutor(max_workers=ENCODING_THREADS, thread_name_prefix="polar-ray-encode")
         self._batcher = Batcher(
             self._compute,
@@ -211,8 +213,9 @@ class RewardService:
 
     async def close(self) -> None:
         """Finish the engine call in progress, refuse the rest, release the engine. May be called twice."""
+        self._is_closed = True
         await self._batcher.close()
-        self._encoders.shutdown(wait=False, cancel_futures=True)
+        self._encoders.shutdown(wait=False)
         self.model.scorer.close()
 
     def check_size(self, rows: int) -> None:
@@ -222,7 +225,12 @@ class RewardService:
             raise RequestTooLarge(f"{rows} rows, and requests.max_rows = {most}; send them in parts", max_rows=most)
 
     async def aside(self, work: Callable[[], T]) -> T:
-        """What `work` returns, called where it holds up no other caller: for bodies and replies that are large."""
+        """What `work` returns, called where it holds up no other caller: for bodies and replies that are large.
+
+        Raises `Unavailable` after `close`.
+        """
+        if self._is_closed:
+            raise Unavailable(SHUTTING_DOWN)
         return await self._loop.run_in_executor(self._encoders, work)
 
     def _check_receipt(self, options: CallOptions) -> None:
@@ -241,7 +249,7 @@ class RewardService:
             try:
                 async with asyncio.timeout_at(deadline):
                     for part in _parts(rows):
-                        encoded += await self._loop.run_in_executor(self._encoders, self.model.scorer.encode, part)
+                        encoded += await self.aside(partial(self.model.scorer.encode, part))
             except TimeoutError:
                 raise DeadlineExceeded("the deadline passed while the rows were encoded") from None
         return encoded

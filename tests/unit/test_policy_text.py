@@ -35,6 +35,10 @@ THINKING = [
     ("opened by the template</think> 4 <think>b</think> 5", "4 <think>b</think> 5"),
     ("</think>4", "4"),
     (" 4 ", " 4 "),
+    ("In R1, `</think>` ends it.", "In R1, `</think>` ends it."),
+    ('so "</think>" it is', 'so "</think>" it is'),
+    ("as `</think>` says</think> 4", "4"),
+    ("two</think>4", "4"),
     ("<think></think>", ""),
 ]
 
@@ -239,6 +243,9 @@ LEFT_ALONE = [
     "User: 2+2?\nAssistant:",
     "### Instruction:\n2+2?\n### Response:\n",
     "Write [INST] around it [/INST]",
+    "[INST] and [/INST] mark an instruction.",
+    "In DeepSeek, <｜User｜> comes before <｜Assistant｜>. Why?",
+    "<|User|>: hello there",
     "[INST] is a mark of what?",
     "Which model uses <|User|> and <|Assistant|> as marks?",
     "Is <｜User｜> one token?",

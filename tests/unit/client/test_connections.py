@@ -16,6 +16,33 @@ def test_many_connections_stand_in_small_pools(most):
     assert max(sizes) <= CONNECTIONS_PER_POOL
 
 
+def test_who_asks_again_at_once_goes_behind_those_who_wait():
+    async def answer(request):
+        await asyncio.sleep(0.001)
+        return httpx.Response(200)
+
+    async def main():
+        connections, order = Connections(2, base_url="http://endpoint", transport=httpx.MockTransport(answer)), []
+
+        async def ask(name):
+            await connections.request("GET", "/")
+            order.append(name)
+
+        async def worker():
+            for _ in range(50):
+                await ask("large")
+
+        workers = [asyncio.create_task(worker()) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        await ask("small")
+        waited = len(order)
+        await asyncio.gather(*workers)
+        await connections.aclose()
+        return waited
+
+    assert asyncio.run(main()) < 50
+
+
 def test_a_request_waits_for_a_free_connection_and_an_error_frees_one():
     under_way, most_under_way = 0, 0
 

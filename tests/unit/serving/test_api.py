@@ -281,6 +281,20 @@ def test_a_call_that_nobody_waits_for_is_not_encoded_to_its_end(slow_encoder):
     assert len(slow_encoder) < 50
 
 
+@pytest.mark.parametrize("outputs", [1, 5000])
+def test_a_service_that_is_closed_is_unavailable(outputs):
+    async def test(client, service):
+        asked = asyncio.create_task(client.post("/v1/rewards", json={**CAPITAL, "outputs": ["an output"] * 5000}))
+        await asyncio.sleep(0.01)
+        await service.close()
+        assert error_of(await asked) == (503, "unavailable")
+        late = await client.post("/v1/rewards", json={**CAPITAL, "outputs": ["an output of some length"] * outputs})
+        assert error_of(late) == (503, "unavailable")
+
+    config = serve_config()
+    with_api(test, config, fake_model(config, seconds_per_token=0.001))
+
+
 def test_a_compressed_body_is_refused():
     async def test(client, service):
         response = await client.post("/v1/rewards", content=b"x", headers={"Content-Encoding": "gzip"})

@@ -71,8 +71,19 @@ def test_what_is_no_arrow_stream_is_refused():
             read_rows(body, LIMITS)
 
 
-def test_every_flipped_byte_is_read_or_refused():
-    whole = bytearray(stream(pa.table({"prompt": ["P" * 40], "reference": ["R"], "output": ["O"]})))
+MESSAGE = [{"role": "user", "content": "P" * 20, "weight": 1.0}]
+SHAPES = {
+    "strings": {"prompt": ["P" * 40], "reference": ["R"], "output": ["O"]},
+    "messages": {"prompt": [MESSAGE], "reference": ["R"], "output": [None]},
+    "views": {name: pa.array(["P" * 40], pa.string_view()) for name in ("prompt", "reference", "output")},
+    "a dictionary": {"prompt": pa.array(["P"]).dictionary_encode(), "reference": ["R"], "output": ["O"]},
+    "ids": {"ids": [[1, 2, 3]]},
+}
+
+
+@pytest.mark.parametrize("columns", SHAPES.values(), ids=SHAPES)
+def test_every_flipped_byte_is_read_or_refused(columns):
+    whole = bytearray(stream(pa.table(columns)))
     for place in range(0, len(whole), 3):
         flipped = bytearray(whole)
         flipped[place] ^= 0xFF
@@ -95,21 +106,16 @@ def test_buffers_that_are_compressed_are_refused_before_they_are_unpacked(compre
 
 
 TEXT = ["P", "P"]
-DICTIONARY = pa.DictionaryArray.from_arrays(pa.array([0, 0], pa.int8()), pa.array(["x" * 100]))
-NOTHING = pa.array(
-    [[{"content": None, "role": None}]] * 2, pa.list_(pa.struct({"content": pa.null(), "role": pa.null()}))
-)
 
 
 @pytest.mark.parametrize(
     ("name", "column"),
     [
-        ("output", DICTIONARY),
-        ("wrapper", DICTIONARY),
         ("output", pa.RunEndEncodedArray.from_arrays(pa.array([2], pa.int32()), pa.array(["P"]))),
-        ("output", pa.array([[None], [None]], pa.list_(pa.null()))),
-        ("output", NOTHING),
+        ("output", pa.array([[{"role": "user"}]] * 2)),
+        ("output", pa.array([[{"content": 1}]] * 2)),
         ("output", pa.array([1, 2])),
+        ("output", pa.array([["P"], ["P"]])),
         ("id", pa.array([2**62, 1], pa.timestamp("s"))),
         ("id", pa.array([1, 1], pa.timestamp("s", "Nowhere/Land"))),
         ("id", pa.array([1.5, 2.5])),
@@ -137,6 +143,59 @@ def test_views_are_texts_as_polars_writes_them():
     table = table.set_column(2, "output", pa.array(["O", "O"], view)).slice(0, 1)
     (row,) = read_rows(stream(table), LIMITS)
     assert row == Triple([{"role": "user", "content": "P" * 20}], "R", "O")
+
+
+EXTRAS = {"weight": 1.0, "train": True, "index": 7, "name": None, "tool_calls": [{"id": "x", "arguments": {"a": 1}}]}
+
+
+def test_what_stands_in_messages_besides_role_and_content_is_left_out():
+    message = [{"role": "user", "content": "P", **EXTRAS}]
+    rows = [
+        {"prompt": message, "reference": "R", "output": message},
+        {"prompt": message, "reference": "R", "output": []},
+    ]
+    first, second = read_rows(stream(pa.Table.from_pylist(rows)), LIMITS)
+    bare = [{"role": "user", "content": "P"}]
+    assert first == Triple(bare, "R", bare)
+    assert second == Triple(bare, "R", [])
+
+
+def test_categories_bytes_and_the_index_of_a_frame_are_no_trouble():
+    import pandas as pd
+
+    frame = pd.DataFrame(
+        {"prompt": ["P", "P", "Q", "P"], "reference": "R", "output": [b"O", b"o", b"", b"\xff"], "wrapper": "sft"}
+    )
+    frame = frame.astype({"prompt": "category", "wrapper": "category"})[lambda one: one.prompt == "P"]
+    table = pa.Table.from_pandas(frame)
+    assert "__index_level_0__" in table.column_names
+    first, _, third = read_rows(stream(table), LIMITS)
+    assert first == Triple("P", "R", "O")
+    assert isinstance(third, RowUnreadable)
+
+
+@pytest.mark.parametrize(
+    "messages", [[None, "O"], [[], []], [[None], [None]], [[{"role": "user", "content": None}]] * 2]
+)
+def test_columns_of_nulls_or_empty_lists_are_their_rows_affair(messages):
+    table = pa.table({"prompt": TEXT, "reference": TEXT, "output": messages})
+    assert len(read_rows(stream(table), LIMITS)) == 2
+
+
+def test_a_message_that_is_not_utf8_is_its_own_rows_affair():
+    content = pa.array([b"fine", b"a\xff", b"fine"]).view(pa.string())
+    messages = pa.StructArray.from_arrays([pa.array(["user"] * 3), content], ["role", "content"])
+    output = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), messages)
+    table = pa.table({"prompt": ["P"] * 3, "reference": ["R"] * 3, "output": output})
+    rows = read_rows(stream(table), LIMITS)
+    assert [type(row) for row in rows] == [Triple, RowUnreadable, Triple]
+
+
+def test_an_entry_of_a_dictionary_that_is_shown_many_times_is_refused():
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 500, pa.int8()), pa.array(["x" * 100_000]))
+    body = stream(pa.table({"prompt": column, "reference": ["R"] * 500, "output": ["O"] * 500}))
+    with pytest.raises(RequestTooLarge, match=r"the texts are more than requests\.max_body_bytes"):
+        read_rows(body, RequestConfig(max_body_bytes=1 << 20))
 
 
 @pytest.mark.parametrize("is_nested", [False, True])
