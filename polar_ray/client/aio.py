@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from polar_ray.client.address import base_url, credentials, shown, ssl_context
 from polar_ray.client.connections import Connections
-from polar_ray.client.parts import Part, fault_of, fault_of_ids, split_ids, split_triples
+from polar_ray.client.parts import Part, fault_of, sendable_ids, split_ids, split_triples
 from polar_ray.client.progress import row_progress
 from polar_ray.client.retry import retrying
 from polar_ray.config import endpoint_token
@@ -26,6 +26,7 @@ from polar_ray.errors import (
     PolarRayError,
     ReceiptMismatch,
     RequestTooLarge,
+    TripleError,
     Unavailable,
     error_kinds,
 )
@@ -137,12 +138,13 @@ class AsyncRewardClient:
 
     async def score_ids(self, sequences: Sequence[TokenIds], *, deadline_s: float | None = None) -> list[Scored]:
         """One `Scored` per encoded sequence, in order. Raises as `score` does."""
+        plain = [sendable_ids(sequence) for sequence in sequences]
         refused = {
-            place: Scored(None, fault.code, str(fault))
-            for place, sequence in enumerate(sequences)
-            if (fault := fault_of_ids(sequence)) is not None
+            place: Scored(None, found.code, str(found))
+            for place, found in enumerate(plain)
+            if isinstance(found, TripleError)
         }
-        sendable = [sequence for place, sequence in enumerate(sequences) if place not in refused]
+        sendable = [found for found in plain if isinstance(found, TokenIds)]
         parts = split_ids(sendable, self._rows_per_request)
         return _in_place(refused, await self._run(parts, len(sendable), deadline_s, _ignore))
 

@@ -70,12 +70,7 @@ def split_ids(sequences: Sequence[TokenIds], rows_per_request: int) -> Iterator[
 
 
 def _ids_part(sequences: Sequence[TokenIds], places: list[int]) -> Part:
-    return Part(places, {"ids": [_whole_numbers(sequences[place]) for place in places]})
-
-
-def _whole_numbers(sequence: TokenIds) -> list[int]:
-    """The ids as Python's own. Raises `TypeError` where one is no whole number, of whichever library."""
-    return list(map(operator.index, sequence.ids))
+    return Part(places, {"ids": [list(sequences[place].ids) for place in places]})
 
 
 def _group_key(triple: Triple) -> str:
@@ -121,10 +116,9 @@ def _labels(triple: Triple) -> Iterator[tuple[str, str]]:
             yield from ((f"{field}[{place}].role", message["role"]) for place, message in enumerate(text))
 
 
-def fault_of_ids(sequence: TokenIds) -> TripleError | None:
-    """Why a sequence cannot be sent at all: something that is not a list of whole numbers."""
+def sendable_ids(sequence: TokenIds) -> TokenIds | TripleError:
+    """The ids as Python's own numbers, or why they cannot be sent at all: one is no whole number, of any library."""
     try:
-        _whole_numbers(sequence)
+        return TokenIds(list(map(operator.index, sequence.ids)))
     except TypeError as error:
         return TripleError(f"ids: expected whole numbers ({error})", field="ids")
-    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -11,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from polar_ray.client.aio import AsyncRewardClient
-from polar_ray.client.thread import CLOSED, ClientThread
+from polar_ray.client.thread import CLOSED, LoopThread
 from polar_ray.errors import ServingError
 from polar_ray.triples import Scored, Text, TokenIds, Triple, Wrapper
 from polar_ray.wire import ModelReply
@@ -37,12 +38,12 @@ class RewardClient:
         self._open()
 
     def __repr__(self) -> str:
-        return repr(self._thread.client).removeprefix("Async")
+        return repr(self._client).removeprefix("Async")
 
     @property
     def receipt_id(self) -> str | None:
         """Of the last reply; None before there was one."""
-        return self._thread.client.receipt_id
+        return self._client.receipt_id
 
     def score(
         self, triples: Iterable[Triple], *, deadline_s: float | None = None, progress: bool = False
@@ -91,11 +92,12 @@ class RewardClient:
         self.close()
 
     def _open(self) -> None:
-        self._thread = ClientThread(self._make_client())
+        self._client = self._make_client()
+        self._thread = LoopThread("polar-ray-client", partial(_end, self._client))
         self._close = weakref.finalize(self, self._thread.close)
 
     def _call(self, ask: Callable[[AsyncRewardClient], Coroutine[Any, Any, T]]) -> T:
-        future = self._thread_here().start(ask)
+        future = self._thread_here().start(lambda: ask(self._client))
         try:
             return future.result()
         except CancelledError:
@@ -104,7 +106,7 @@ class RewardClient:
             future.cancel()
             raise
 
-    def _thread_here(self) -> ClientThread:
+    def _thread_here(self) -> LoopThread:
         """This process's thread; a forked child has none until it asks for something."""
         if not self._thread.is_of_this_process:
             with self._reopening:
@@ -113,3 +115,12 @@ class RewardClient:
                 if not self._thread.is_of_this_process:
                     self._open()
         return self._thread
+
+
+async def _end(client: AsyncRewardClient) -> None:
+    """Cancel what is under way, and let go of the connections."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    await client.aclose()

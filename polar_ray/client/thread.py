@@ -1,4 +1,4 @@
-"""An `AsyncRewardClient` in a thread of its own, whose loop outlives every call."""
+"""An event loop in a thread of its own, for clients of code that has no loop, or many that come and go."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from polar_ray.client.aio import AsyncRewardClient
 from polar_ray.errors import ServingError
 
 T = TypeVar("T")
@@ -17,53 +16,50 @@ T = TypeVar("T")
 CLOSED = "this client is closed; make another"
 
 
-class ClientThread:
+class LoopThread:
     """Belongs to the process that made it: a forked child inherits the object, but not the thread.
 
     Safe to use from any thread.
     """
 
-    def __init__(self, client: AsyncRewardClient) -> None:
-        self.client = client
+    def __init__(self, name: str, end: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """`end` is the last thing that runs in the loop; `name` is the thread's, for whoever debugs."""
+        self._end = end
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._is_closed = False
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="polar-ray-client", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     @property
     def is_of_this_process(self) -> bool:
         return self._pid == os.getpid()
 
-    def start(self, ask: Callable[[AsyncRewardClient], Coroutine[Any, Any, T]]) -> Future[T]:
-        """The outcome of `ask`, to come; cancelling it cancels what runs. Raises `ServingError` if closed."""
-        with self._lock:  # nothing is started behind the back of `_end`
+    def start(self, work: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
+        """The outcome of `work`, to come; cancelling it cancels what runs. Raises `ServingError` if closed."""
+        with self._lock:  # nothing is started behind the back of `end`
             if self._is_closed:
                 raise ServingError(CLOSED)
-            return asyncio.run_coroutine_threadsafe(ask(self.client), self._loop)
+            return asyncio.run_coroutine_threadsafe(work(), self._loop)
 
-    def close(self) -> None:
-        """Cancel what is under way, let go of the connections and end the thread. Nothing, in a forked child."""
+    def close(self, timeout_s: float | None = None) -> None:
+        """Run `end` and end the thread, waiting for it so long at the most. Nothing, in a forked child."""
         if not self.is_of_this_process:
             return
         with self._lock:
             if not self._is_closed:
                 self._is_closed = True
-                asyncio.run_coroutine_threadsafe(self._end(), self._loop)
+                asyncio.run_coroutine_threadsafe(self._finish(), self._loop)
         if threading.current_thread() is not self._thread:  # where the collector may find a forgotten client
-            self._thread.join()
+            self._thread.join(timeout_s)
 
     def _run(self) -> None:
         self._loop.run_forever()
         self._loop.close()
 
-    async def _end(self) -> None:
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+    async def _finish(self) -> None:
         try:
-            await self.client.aclose()
+            await self._end()
         finally:
             self._loop.stop()

@@ -18,12 +18,11 @@ import pyarrow.compute as pc
 from polar_ray.columns import read_column, read_triples
 from polar_ray.config import ColumnsConfig, RequestConfig
 from polar_ray.errors import RequestInvalid, RequestTooLarge, TripleError
-from polar_ray.triples import Row, TokenIds, Triple
+from polar_ray.triples import TEXT_FIELDS, Row, TokenIds, Triple
 from polar_ray.wire import ARROW_REPLY_KEY, RewardsReply
 
 COLUMNS = ColumnsConfig()
-TEXTS = ("prompt", "reference", "output")
-FIELDS = frozenset({*TEXTS, "wrapper", "id"})
+FIELDS = frozenset({*TEXT_FIELDS, "wrapper", "id"})
 
 AS_BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
 """Types of texts (views are what polars writes), and of the same texts without the promise that they are UTF-8."""
@@ -63,13 +62,12 @@ def read_rows(body: bytes, limits: RequestConfig) -> list[Row]:
             table = _read_table(stream, limits.max_rows).select(names)
         table.validate()
         table = _map(table, _without_extras)
-        _map(table, _as_bytes).validate(
-            full=True
-        )  # offsets come from a stranger; that texts are UTF-8 is a row's affair
+        # Offsets come from a stranger; whether texts are UTF-8 is their rows' affair.
+        _map(table, _as_bytes).validate(full=True)
         _refuse_swollen(table, limits.max_body_bytes)
+    except RequestInvalid:
+        raise
     except (pa.ArrowException, OSError, ValueError, struct.error) as error:
-        if isinstance(error, RequestInvalid):
-            raise
         raise RequestInvalid(f"the body is not an Arrow IPC stream ({type(error).__name__})") from None
     return _read_ids(table.column("ids")) if table.column_names == ["ids"] else _read_triples(table)
 
@@ -127,7 +125,7 @@ def _check_layout(schema: pa.Schema) -> list[str]:
     names = set(given)
     if len(names) != len(given):
         raise RequestInvalid("two columns have the same name")
-    if names != {"ids"} and (not {*TEXTS} <= names or names - FIELDS):
+    if names != {"ids"} and (not {*TEXT_FIELDS} <= names or names - FIELDS):
         raise RequestInvalid(
             f"expected the columns prompt, reference, output and optionally wrapper and id, or ids alone; found "
             f"{', '.join(sorted(names))[:200] or 'none'}"

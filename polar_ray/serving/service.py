@@ -244,11 +244,12 @@ class RewardService:
         self, rows: Sequence[Row], options: CallOptions, deadline: float
     ) -> list[EncodedTriple | TripleError]:
         rows = [self._too_long(row) or row for row in rows]
+        guesses = [_guess_tokens(row) for row in rows]
         encoded: list[EncodedTriple | TripleError] = []
-        with self._admission.reserve(sum(map(_guess_tokens, rows)), options.priority):
+        with self._admission.reserve(sum(guesses), options.priority):
             try:
                 async with asyncio.timeout_at(deadline):
-                    for part in _parts(rows):
+                    for part in _parts(rows, guesses):
                         encoded += await self.aside(partial(self.model.scorer.encode, part))
             except TimeoutError:
                 raise DeadlineExceeded("the deadline passed while the rows were encoded") from None
@@ -306,13 +307,13 @@ def _cost(rows: Sequence[EncodedTriple], *, share_prefixes: bool) -> int:
     return sum(prefixes.values()) + sum(len(row.ids) - row.shareable for row in rows)
 
 
-def _parts(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """The rows in order, about `ENCODING_TOKENS` at a time."""
+def _parts(rows: Sequence[Row], guesses: Sequence[int]) -> Iterator[list[Row]]:
+    """The rows in order, about `ENCODING_TOKENS` at a time by the guess of each."""
     part: list[Row] = []
     tokens = 0
-    for row in rows:
+    for row, guess in zip(rows, guesses, strict=True):
         part.append(row)
-        tokens += _guess_tokens(row)
+        tokens += guess
         if tokens >= ENCODING_TOKENS:
             yield part
             part, tokens = [], 0

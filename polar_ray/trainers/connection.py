@@ -7,7 +7,6 @@ travels together.
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import os
 import threading
@@ -16,6 +15,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from polar_ray.client import AsyncRewardClient
+from polar_ray.client.thread import LoopThread
 from polar_ray.config import endpoint_address, endpoint_token
 from polar_ray.trainers.coalesce import WAIT_S, Coalescer
 from polar_ray.triples import Scored, Triple
@@ -34,22 +34,17 @@ class Connection:
         """`options` are those of `AsyncRewardClient`."""
         self._client, self._large_client = AsyncRewardClient(**options), AsyncRewardClient(**options)
         self._coalescer = Coalescer(self._client.score, send_large=self._large_client.score, wait_s=coalesce_s)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="polar-ray-rewards", daemon=True)
-        self._thread.start()
+        self._thread = LoopThread("polar-ray-rewards", self._end)
 
     def ask(self, triples: Sequence[Triple]) -> Future[list[Scored]]:
         """One `Scored` per triple, in order, to come; cancelling it takes the question back."""
-        return asyncio.run_coroutine_threadsafe(self._coalescer.ask(triples), self._loop)
+        return self._thread.start(lambda: self._coalescer.ask(triples))
 
     def close(self) -> None:
         """Fail what is under way with `Unavailable`, and end the thread."""
-        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(CLOSE_S)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(CLOSE_S)
-        self._loop.close()
+        self._thread.close(CLOSE_S)
 
-    async def _close(self) -> None:
+    async def _end(self) -> None:
         await self._coalescer.aclose()
         await self._client.aclose()
         await self._large_client.aclose()

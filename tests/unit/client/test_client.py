@@ -190,7 +190,7 @@ def test_a_token_in_the_address_is_shown_as_a_password_and_kept_out_of_every_url
     with scripted_server(good) as script, RewardClient(f"x:{TOKEN}@{script.address}") as client:
         client.rewards(outputs(1))
         assert base64.b64decode(script.headers[0]["authorization"].removeprefix("Basic ")) == f"x:{TOKEN}".encode()
-        assert TOKEN not in str(client._thread.client._url)
+        assert TOKEN not in str(client._client._url)
 
 
 def test_nobody_there_is_unavailable_and_names_the_address():

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar_ray.client.parts import fault_of, fault_of_ids, split_ids, split_triples
+from polar_ray.client.parts import fault_of, sendable_ids, split_ids, split_triples
 from polar_ray.errors import RowUnreadable, TripleError
 from polar_ray.triples import TokenIds, Triple
 from polar_ray.wire import RewardsRequest
@@ -64,5 +64,5 @@ def test_what_cannot_be_sent_is_said_before():
     assert isinstance(fault_of(Triple("P", "R", "O", wrapper="chat")), TripleError)
     assert isinstance(fault_of(Triple("P", "R", "O", id="\ud800")), RowUnreadable)
     assert isinstance(fault_of(Triple("P", "R", [{"role": "\ud800", "content": "O"}])), RowUnreadable)
-    assert fault_of_ids(TokenIds([1, 2])) is None
-    assert isinstance(fault_of_ids(TokenIds("12")), TripleError)
+    assert sendable_ids(TokenIds([1, 2])) == TokenIds([1, 2])
+    assert isinstance(sendable_ids(TokenIds("12")), TripleError)
