@@ -13,22 +13,26 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from polar_ray.config import ScoreConfig
+from polar_ray.config import EvaluateConfig, ScoreConfig
 from polar_ray.errors import PolarRayError
 from polar_ray.triples import PreferencePair, Scored, Triple
 
 if TYPE_CHECKING:
     from polar_ray.client import AsyncRewardClient, RewardClient
     from polar_ray.corpus.job import JobSummary, score_parquet
+    from polar_ray.evaluation.result import Evaluation
+    from polar_ray.evaluation.run import evaluate
     from polar_ray.receipts import Receipt
     from polar_ray.scoring import Scorer
 
 _LATE = {
     "AsyncRewardClient": "polar_ray.client",
+    "Evaluation": "polar_ray.evaluation.result",
     "JobSummary": "polar_ray.corpus.job",
     "Receipt": "polar_ray.receipts",
     "RewardClient": "polar_ray.client",
     "Scorer": "polar_ray.scoring",
+    "evaluate": "polar_ray.evaluation.run",
     "score_parquet": "polar_ray.corpus.job",
 }
 
@@ -36,6 +40,8 @@ __version__ = "0.2.0"
 
 __all__ = [
     "AsyncRewardClient",
+    "EvaluateConfig",
+    "Evaluation",
     "JobSummary",
     "PolarRayError",
     "PreferencePair",
@@ -45,6 +51,7 @@ __all__ = [
     "Scored",
     "Scorer",
     "Triple",
+    "evaluate",
     "score_parquet",
 ]
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from polar_ray.config import ColumnsConfig
 from polar_ray.errors import RowUnreadable, SchemaError, TripleError
-from polar_ray.triples import Scored, Text, Triple, parse_text, parse_wrapper
+from polar_ray.triples import PAIR_FIELDS, TEXT_FIELDS, PreferencePair, Scored, Text, Triple, parse_text, parse_wrapper
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -25,8 +25,21 @@ DETECTION_ROWS = 64
 """Rows of a column that decide whether its strings are JSON text of message lists."""
 
 
-def check_schema(schema: pa.Schema, columns: ColumnsConfig, source: str, *, any_type: bool = False) -> None:
-    """Raise `SchemaError` unless `schema` has the fields of a triple, of types that can hold text.
+class FieldColumns(Protocol):
+    """Which columns hold the fields of a row, of a triple or of a pair."""
+
+    @property
+    def fields(self) -> Mapping[str, str]: ...
+
+    @property
+    def wrapper(self) -> str: ...
+
+    @property
+    def message_json(self) -> Literal["auto", "always", "never"]: ...
+
+
+def check_schema(schema: pa.Schema, columns: FieldColumns, source: str, *, any_type: bool = False) -> None:
+    """Raise `SchemaError` unless `schema` has the columns of all fields, of types that can hold text.
 
     `any_type` is for formats whose values have types of their own, row by row.
     """
@@ -45,7 +58,7 @@ def check_schema(schema: pa.Schema, columns: ColumnsConfig, source: str, *, any_
                 column=column,
             )
         kind = schema.field(column).type
-        if not any_type and not _holds_text(kind):
+        if not any_type and not holds_text(kind):
             raise SchemaError(
                 f"{source}: column {column!r} is {kind}; the {field} must be strings or lists of messages",
                 column=column,
@@ -62,25 +75,35 @@ def check_room(schema: pa.Schema, columns: ColumnsConfig, source: str) -> None:
         )
 
 
-def detect_message_json(table: pa.Table, columns: ColumnsConfig) -> frozenset[str]:
+def detect_message_json(table: pa.Table, columns: FieldColumns) -> frozenset[str]:
     """The fields whose strings are JSON text of message lists, by the first rows of `table`."""
     if columns.message_json != "auto":
         return frozenset(columns.fields if columns.message_json == "always" else ())
     found = set()
     for field, column in columns.fields.items():
         values = [value for value in read_column(table, column, table.num_rows) if not isinstance(value, TripleError)]
-        texts = [value for value in values[:DETECTION_ROWS] if value is not None]
-        messages = [_as_messages(value) if isinstance(value, str) else None for value in texts]
-        if any(messages) and None not in messages:  # an empty list says nothing about the column
+        if holds_message_json(values):
             found.add(field)
     return frozenset(found)
 
 
+def holds_message_json(values: Sequence[Any]) -> bool:
+    """Whether the strings of a column are JSON text of message lists, by the first of its `values`."""
+    texts = [value for value in values[:DETECTION_ROWS] if value is not None]
+    messages = [_as_messages(value) if isinstance(value, str) else None for value in texts]
+    return any(messages) and None not in messages  # an empty list says nothing about the column
+
+
 def read_triples(table: pa.Table, columns: ColumnsConfig, message_json: frozenset[str]) -> list[Triple | TripleError]:
     """A triple for each row of `table`, or the error that says why there is none."""
+    return parse_rows(read_fields(table, columns), message_json)
+
+
+def read_fields(table: pa.Table, columns: FieldColumns) -> list[dict[str, Any]]:
+    """Each row's fields and wrapper, by the names of the fields; an error in place of a value that is not text."""
     named = {**columns.fields, "wrapper": columns.wrapper}
     values = {field: read_column(table, column, table.num_rows) for field, column in named.items()}
-    return parse_rows([dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)], message_json)
+    return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
 
 
 def parse_rows(
@@ -88,6 +111,13 @@ def parse_rows(
 ) -> list[Triple | TripleError]:
     """A triple for each mapping with the fields of a triple; errors that stand for a row, or for a value, stay."""
     return [_attempt(_parse_row, row, message_json) for row in rows]
+
+
+def parse_pairs(
+    rows: Sequence[dict[str, Any] | TripleError], message_json: frozenset[str]
+) -> list[PreferencePair | TripleError]:
+    """As `parse_rows`, for mappings with the fields of a pair."""
+    return [_attempt(_parse_pair, row, message_json) for row in rows]
 
 
 def reward_columns(scored: Sequence[Scored], columns: ColumnsConfig) -> list[tuple[str, pa.Array]]:
@@ -152,18 +182,30 @@ def _decode_nested(value: pa.Scalar, column: str) -> Any:
 
 
 def _parse_row(row: dict[str, Any] | TripleError, message_json: frozenset[str]) -> Triple:
+    return Triple(**_parse_fields(row, TEXT_FIELDS, message_json))
+
+
+def _parse_pair(row: dict[str, Any] | TripleError, message_json: frozenset[str]) -> PreferencePair:
+    return PreferencePair(**_parse_fields(row, PAIR_FIELDS, message_json))
+
+
+def _parse_fields(
+    row: dict[str, Any] | TripleError, fields: Sequence[str], message_json: frozenset[str]
+) -> dict[str, Any]:
     if isinstance(row, TripleError):
         raise row
     for value in row.values():
         if isinstance(value, TripleError):
             raise value
-    prompt, reference, output = (
-        _parse_field(row.get(field), field, field in message_json) for field in ("prompt", "reference", "output")
-    )
-    return Triple(prompt, reference, output, wrapper=parse_wrapper(row.get("wrapper")))
+    texts = {field: parse_field(row.get(field), field, field in message_json) for field in fields}
+    return {**texts, "wrapper": parse_wrapper(row.get("wrapper"))}
 
 
-def _parse_field(value: Any, field: str, is_json: bool) -> Text:
+def parse_field(value: Any, field: str, is_json: bool) -> Text:
+    """`value` as a field of a triple or a pair; `is_json` says that strings are JSON text of message lists.
+
+    Raises `TripleError` for anything else.
+    """
     if not is_json or not isinstance(value, str):
         return parse_text(value, field)
     messages = _as_messages(value)
@@ -205,12 +247,12 @@ def _is_binary(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
-def _holds_text(kind: pa.DataType) -> bool:
+def holds_text(kind: pa.DataType) -> bool:
     """Whether values of this type can be a field: text, bytes of text, messages; an all-null column is of type null."""
     if isinstance(kind, pa.BaseExtensionType):
-        return _holds_text(kind.storage_type)
+        return holds_text(kind.storage_type)
     if pa.types.is_dictionary(kind):
-        return _holds_text(kind.value_type)
+        return holds_text(kind.value_type)
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         item = kind.value_type
         return bool(pa.types.is_struct(item) and item.get_field_index("content") >= 0)

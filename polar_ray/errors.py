@@ -28,7 +28,8 @@
         ├── OutputError                 output_invalid         no     -     2
         │   └── ManifestConflict        manifest_conflict      no     -     2
         ├── TooManyFailures             too_many_failures      no     -     1
-        └── JobStalled                  job_stalled            yes    -     1
+        ├── JobStalled                  job_stalled            yes    -     1
+        └── TrainingError               training_failed        no     -     1
 
 A `code` is the same string in Python, in Parquet (`reward_status`), on the wire and in metrics. *Exit* is the exit
 code of the command line: 2 when the person at the keyboard must change something before anything can run, 1 when a
@@ -230,6 +231,12 @@ class JobStalled(JobError):
     """No unit made progress for `no_progress_timeout_s`."""
 
     code, retryable = "job_stalled", True
+
+
+class TrainingError(JobError):
+    """A training run cannot go on: a gradient is not finite, a checkpoint is another run's, workers are lost."""
+
+    code = "training_failed"
 
 
 def error_kinds() -> dict[str, type[PolarRayError]]:

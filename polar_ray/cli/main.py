@@ -10,10 +10,12 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from polar_ray.cli import bench
+from polar_ray.cli.evaluate import evaluate
 from polar_ray.cli.inspect import inspect
 from polar_ray.cli.rank import rank
 from polar_ray.cli.score import score
 from polar_ray.cli.serve import serve
+from polar_ray.cli.train import train
 from polar_ray.errors import PolarRayError
 
 
@@ -40,7 +42,9 @@ app = typer.Typer(
 )
 app.command()(score)
 app.command()(serve)
+app.command()(train)
 app.command()(rank)
+app.command()(evaluate)
 app.command()(inspect)
 app.add_typer(bench.app, name="bench")
 

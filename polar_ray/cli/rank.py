@@ -19,9 +19,7 @@ from polar_ray.errors import InputError, SchemaError, TripleError
 from polar_ray.triples import STATUS_OK, join_text, parse_text
 
 if TYPE_CHECKING:
-    import numpy as np
     import pyarrow as pa
-    from numpy.typing import NDArray
 
 PERSON_COLUMN = "person_rank"
 """Shown without being asked for, where there is one."""
@@ -155,18 +153,11 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> float | None:
     """Spearman's rank correlation; None where either has no order."""
     import numpy as np
 
+    from polar_ray.evaluation.measures import rank_correlation
+
     if len(set(one)) < 2 or len(set(other)) < 2:
         return None
-    return float(np.corrcoef(_average_ranks(one), _average_ranks(other))[0, 1])
-
-
-def _average_ranks(values: Sequence[float]) -> NDArray[np.float64]:
-    """Ranks from 1, the lowest; equal values share the mean of their ranks."""
-    import numpy as np
-
-    _, places, counts = np.unique(np.asarray(values, np.float64), return_inverse=True, return_counts=True)
-    ranks: NDArray[np.float64] = (np.cumsum(counts) - (counts - 1) / 2)[places]
-    return ranks
+    return rank_correlation(np.asarray(one, np.float64), np.asarray(other, np.float64))
 
 
 def _read(scored: str, columns: ColumnsConfig, rank_column: str | None) -> Iterator[pa.Table]:

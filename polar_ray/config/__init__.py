@@ -6,6 +6,8 @@ else; the environment is read for addresses and secrets only. The docstring unde
 
 from polar_ray.config.base import EMBEDDED_MODEL, CutSide, Device, Dtype, RopeBase, Settings
 from polar_ray.config.environment import endpoint_address, endpoint_token, ray_address, tokens_from_environment
+from polar_ray.config.evaluation import EvaluateColumnsConfig, EvaluateConfig, Layout
+from polar_ray.config.pairs import PairColumnsConfig
 from polar_ray.config.reading import config_from_arguments, load_config, validate
 from polar_ray.config.scoring import ColumnsConfig, EngineConfig, LimitsConfig, ScoreConfig
 from polar_ray.config.serving import (
@@ -16,6 +18,7 @@ from polar_ray.config.serving import (
     RequestConfig,
     ServeConfig,
 )
+from polar_ray.config.training import LoraConfig, LossConfig, OptimizerConfig, TrainConfig
 
 __all__ = [
     "EMBEDDED_MODEL",
@@ -26,14 +29,22 @@ __all__ = [
     "Device",
     "Dtype",
     "EngineConfig",
+    "EvaluateColumnsConfig",
+    "EvaluateConfig",
     "HttpConfig",
+    "Layout",
     "LimitsConfig",
+    "LoraConfig",
+    "LossConfig",
+    "OptimizerConfig",
+    "PairColumnsConfig",
     "QueueConfig",
     "RequestConfig",
     "RopeBase",
     "ScoreConfig",
     "ServeConfig",
     "Settings",
+    "TrainConfig",
     "config_from_arguments",
     "endpoint_address",
     "endpoint_token",

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from polar_ray.columns import check_room, check_schema
+from polar_ray.columns import FieldColumns, check_room, check_schema
 from polar_ray.config import ColumnsConfig
 from polar_ray.corpus import jsonl
 from polar_ray.corpus.storage import Location
@@ -88,7 +88,7 @@ def list_inputs(inputs: Sequence[str], *, besides: Location | None = None) -> li
 
 def examine(
     files: Sequence[InputFile],
-    columns: ColumnsConfig,
+    columns: FieldColumns,
     unit_rows: int,
     on_file: Callable[[], None] = lambda: None,
     *,
@@ -111,7 +111,7 @@ def examine(
             schema, slices = scan.schema, [Slice(b.start, b.stop, b.offset, b.end) for b in scan.blocks]
         if slices:
             check_schema(schema, columns, file.url, any_type=file.format == "jsonl")
-            if will_write:
+            if will_write and isinstance(columns, ColumnsConfig):
                 check_room(schema, columns, file.url)
         on_file()
         return tuple(slices)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from polar_ray.corpus.tracker import Snapshot
-from polar_ray.corpus.wording import duration, number, percent
+from polar_ray.report.wording import duration, number, percent
 
 LINE_SECONDS = 10.0
 """Between two lines of a log."""

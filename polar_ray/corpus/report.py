@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.resources import files
-from typing import NamedTuple
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from polar_ray.corpus.history import Trace, trace
-from polar_ray.corpus.plots import (
-    Area,
-    Bars,
-    clock,
-    draw_histogram,
-    draw_rates,
-    gather,
-    octave_ticks,
-    quantile,
-    value_ticks,
-)
+from polar_ray.corpus.rates import Area, draw_rates
 from polar_ray.corpus.summary import LENGTH_BINS_PER_OCTAVE, REWARD_BIN, UnitReport
-from polar_ray.corpus.wording import SPACE, decimal, duration, number, percent
-from polar_ray.errors import PolarRayError
+from polar_ray.report.page import Figure, Share, Tile, render_page
+from polar_ray.report.plots import Bars, draw_histogram, gather, octave_ticks, quantile, value_ticks
+from polar_ray.report.wording import clock, decimal, duration, meanings, number, percent, plural
 from polar_ray.triples import STATUS_OK
 
 NAMED_INPUTS = 3
@@ -49,39 +36,11 @@ class ReportFacts:
     actors: int
 
 
-class Tile(NamedTuple):
-    """One of the large numbers at the head of the page."""
-
-    name: str
-    value: str
-    note: str
-
-
-class Figure(NamedTuple):
-    """One drawing with its words; `drawing` is empty where there is nothing to draw, and `note` then says why."""
-
-    title: str
-    drawing: Markup
-    note: str
-    legend: tuple[tuple[str, str], ...] = ()
-    """(style class, what it stands for) of what needs a key."""
-
-
-class Share(NamedTuple):
-    """A bar of which a part is filled."""
-
-    name: str
-    share: float
-    value: str
-    note: str = ""
-
-
 def write_report(total: UnitReport, facts: ReportFacts) -> str:
     """The page, as HTML that is well-formed XML too. Changes nothing and reads nothing but its template."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files("polar_ray.corpus").joinpath("report.html").read_text("utf-8"))
     history = trace(total.finished, total.seconds)
-    page = template.render(
+    return render_page(
+        "polar_ray.corpus",
         facts=facts,
         named_inputs=facts.inputs[:NAMED_INPUTS],
         more_inputs=number(max(0, len(facts.inputs) - NAMED_INPUTS)),
@@ -93,13 +52,12 @@ def write_report(total: UnitReport, facts: ReportFacts) -> str:
         failures=_failures(total),
         counts=_counts(total, facts),
     )
-    return page.encode(errors="replace").decode()  # a file's name may hold bytes that are no text
 
 
 def _tiles(total: UnitReport, facts: ReportFacts) -> list[Tile]:
     encoded = sum(total.length_bins.values())
     return [
-        Tile("rows", number(total.rows), _plural(len(total.finished), "unit")),
+        Tile("rows", number(total.rows), plural(len(total.finished), "unit")),
         Tile(
             "rewarded",
             percent(total.ok / total.rows) if total.rows else "–",
@@ -118,7 +76,7 @@ def _speed_tile(total: UnitReport, facts: ReportFacts) -> Tile:
     if not rows or facts.wall_seconds <= 0:
         return Tile("rows/s", "–", "this run had nothing left to score")
     part = "" if rows == total.rows else f"{number(rows)} rows in "
-    note = f"{part}{duration(facts.wall_seconds)}, {_plural(facts.actors, 'actor')}"
+    note = f"{part}{duration(facts.wall_seconds)}, {plural(facts.actors, 'actor')}"
     return Tile("rows/s", number(rows / facts.wall_seconds), note)
 
 
@@ -184,7 +142,7 @@ def _spread(total: UnitReport) -> Figure:
         floor=0,
     )
     note = (
-        f"Without spread: {percent(spread.zero_groups / spread.groups)} of {_plural(spread.groups, 'group')}. "
+        f"Without spread: {percent(spread.zero_groups / spread.groups)} of {plural(spread.groups, 'group')}. "
         "Where all rewards of a group are equal, a group-relative trainer learns nothing from it."
     )
     legend = (("base", f"no spread: {number(spread.zero_groups)}"),) if spread.zero_groups else ()
@@ -199,7 +157,7 @@ def _speeds(history: Trace | None) -> list[Figure]:
     span = f"From {clock(history.starts[0])} to {clock(history.ends[-1])} UTC."
     if pauses:
         longest = "" if len(pauses) == 1 else ", the longest"
-        span += f" {_plural(len(pauses), 'pause')} without work{longest} of {duration(pauses[0])}, cut out (striped)."
+        span += f" {plural(len(pauses), 'pause')} without work{longest} of {duration(pauses[0])}, cut out (striped)."
     rows = draw_rates(history, [Area("rows", "rows/s", history.rows)], title="Rows per second over time")
     if not history.tokens.any():
         return [Figure(titles[0], rows, span), Figure(titles[1], Markup(""), "No row could be encoded.")]
@@ -215,7 +173,7 @@ def _speeds(history: Trace | None) -> list[Figure]:
 
 def _work(total: UnitReport) -> list[Share]:
     most = max(total.tokens, total.computed_tokens)
-    saved = f"{percent(_saved_share(total))} saved: shared prefixes and {_plural(total.duplicates, 'duplicate')} were "
+    saved = f"{percent(_saved_share(total))} saved: shared prefixes and {plural(total.duplicates, 'duplicate')} were "
     return [
         Share("tokens of the rows", _share(total.tokens, most), number(total.tokens)),
         Share(
@@ -237,30 +195,18 @@ def _cuts(total: UnitReport) -> list[Share]:
 
 def _failures(total: UnitReport) -> list[Share]:
     """A bar for each status but `ok`, the most frequent first, with what its code means."""
-    meanings = _meanings()
+    meaning_of = meanings()
     failures = sorted(((count, code) for code, count in total.by_status.items() if code != STATUS_OK), reverse=True)
     return [
         Share(
             code,
             count / max(failures)[0],
             f"{count:,} ({percent(_share(count, total.rows))})",
-            meanings.get(code, "A status that this version does not know."),
+            meaning_of.get(code, "A status that this version does not know."),
         )
         for count, code in failures
         if count
     ]
-
-
-def _meanings() -> dict[str, str]:
-    """Code of an error to the first sentence of its class's docstring."""
-    found: dict[str, str] = {}
-    kinds: list[type[PolarRayError]] = [PolarRayError]
-    while kinds:
-        kind = kinds.pop()
-        kinds += kind.__subclasses__()
-        text = " ".join((inspect.getdoc(kind) or kind.__name__).split())
-        found.setdefault(kind.code, text.replace("`", "").split(". ")[0].rstrip(".") + ".")
-    return found
 
 
 def _counts(total: UnitReport, facts: ReportFacts) -> dict[str, str]:
@@ -313,7 +259,3 @@ def _reward_range(start: int, stop: int) -> str:
 
 def _tokens_at(place: float) -> float:
     return float(2.0 ** (place / LENGTH_BINS_PER_OCTAVE))
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{number(count)}{SPACE}{noun}{'' if count == 1 else 's'}"

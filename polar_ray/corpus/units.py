@@ -8,7 +8,14 @@ from contextlib import contextmanager
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from polar_ray.columns import DETECTION_ROWS, detect_message_json, parse_rows, read_triples, reward_columns
+from polar_ray.columns import (
+    DETECTION_ROWS,
+    FieldColumns,
+    detect_message_json,
+    parse_rows,
+    read_fields,
+    reward_columns,
+)
 from polar_ray.config import ColumnsConfig
 from polar_ray.corpus import jsonl
 from polar_ray.corpus.inputs import Contents, InputFile, Slice, examine, list_inputs
@@ -39,18 +46,16 @@ def read_unit(manifest: Manifest, index: int) -> tuple[pa.Table, list[Triple | T
         info = Location(file.url).info()
         if info.is_file and (info.size, info.mtime_ns or 0) != (file.size, file.modified_ns):
             raise InputError(f"{manifest.describe(index)}: the file changed under the job")
-        table, triples = _read_slice(
-            file.url, file.schema_of_rows, unit.slice, manifest.columns, frozenset(manifest.message_json)
-        )
+        table, rows = read_slice(file.url, file.schema_of_rows, unit.slice, manifest.columns)
     if table.num_rows != unit.rows:
         raise InputError(
             f"{manifest.describe(index)}: {table.num_rows} rows instead of {unit.rows}; the file changed under the job"
         )
-    return table, triples
+    return table, parse_rows(rows, frozenset(manifest.message_json))
 
 
-def read_sample(files: Sequence[InputFile], contents: Sequence[Contents], columns: ColumnsConfig) -> pa.Table:
-    """The first rows of the input, fields of a triple only."""
+def read_sample(files: Sequence[InputFile], contents: Sequence[Contents], columns: FieldColumns) -> pa.Table:
+    """The first rows of the input, fields only."""
     file, found = next((file, found) for file, found in zip(files, contents, strict=True) if found.slices)
     names = list(columns.fields.values())
     location = Location(file.url)
@@ -74,8 +79,8 @@ def read_row(given: str, row: int, columns: ColumnsConfig) -> Triple | TripleErr
         raise InputError(f"{given}: has rows 0 to {contents.slices[-1].stop - 1}; there is no row {row}")
     fields = detect_message_json(read_sample([file], [contents], columns), columns)
     with _reading(given):
-        _, triples = _read_slice(file.url, contents.schema, part, columns, fields)
-    return triples[row - part.start]
+        _, rows = read_slice(file.url, contents.schema, part, columns)
+    return parse_rows(rows, fields)[row - part.start]
 
 
 def write_unit(
@@ -146,16 +151,16 @@ def _text_or_empty(value: object) -> str | None:
     return jsonl.as_text(value) if value is None or isinstance(value, str) else ""
 
 
-def _read_slice(
-    url: str, schema: pa.Schema | None, part: Slice, columns: ColumnsConfig, message_json: frozenset[str]
-) -> tuple[pa.Table, list[Triple | TripleError]]:
-    """The rows of a slice, of a JSONL file if it has a `schema`, of a Parquet file otherwise."""
+def read_slice(
+    url: str, schema: pa.Schema | None, part: Slice, columns: FieldColumns
+) -> tuple[pa.Table, list[jsonl.Row]]:
+    """The rows of a slice, of a JSONL file if it has a `schema` and else of a Parquet file; and the fields of each."""
     location = Location(url)
     if schema is None:
         table = _read_parquet(location, part)
-        return table, read_triples(table, columns, message_json)
+        return table, [*read_fields(table, columns)]
     table, rows = jsonl.read_block(location, part.offset, part.end, schema)
-    return table, parse_rows([_fields_of(row, columns) for row in rows], message_json)
+    return table, [_fields_of(row, columns) for row in rows]
 
 
 def _read_parquet(location: Location, part: Slice) -> pa.Table:
@@ -188,8 +193,8 @@ def _groups_of(parquet: pq.ParquetFile, part: Slice) -> tuple[list[int], int]:
     return groups, first_row
 
 
-def _fields_of(row: jsonl.Row, columns: ColumnsConfig) -> jsonl.Row:
-    """A JSONL object's fields of a triple, under the names triples have."""
+def _fields_of(row: jsonl.Row, columns: FieldColumns) -> jsonl.Row:
+    """A JSONL object's fields and wrapper, under their own names."""
     if isinstance(row, TripleError):
         return row
     named = {**columns.fields, "wrapper": columns.wrapper}

@@ -11,7 +11,7 @@ its slice keeps the whole prompt; here that row is `TripleTooLong`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from polar_ray.config import LimitsConfig
 from polar_ray.encoding.tokenizer import SEPARATOR, PolarTokenizer
 from polar_ray.errors import EmptyText, TripleError, TripleTooLong
 from polar_ray.planning import Ids, common_length
-from polar_ray.triples import Rendered, Row, TokenIds, Triple, join_text
+from polar_ray.triples import PreferencePair, Rendered, Row, Text, TokenIds, Triple, Wrapper, join_text
 
 ENCODING_VERSION = 1
 """Part of every receipt; raised whenever some triple encodes to other ids than before."""
@@ -83,25 +83,30 @@ class _Draft:
     prompt: str
     reference: str
     output: str
-    separator: str
+    separators: tuple[str, str]
+    """Before the reference, before the output."""
+
     cut: tuple[int, int, int]
     removed: list[str]
 
     @property
     def first(self) -> str:
-        return f"{self.prompt}{self.separator}{self.reference}"
+        return f"{self.prompt}{self.separators[0]}{self.reference}"
 
     @property
     def second(self) -> str:
-        return f"{self.prompt}{self.separator}{self.output}"
+        return f"{self.prompt}{self.separators[1]}{self.output}"
 
 
 class Encoder:
-    """Encodes triples for one checkpoint under one set of limits."""
+    """Encodes triples, and pairs for training, for one checkpoint under one set of limits."""
 
-    def __init__(self, tokenizer: PolarTokenizer, limits: LimitsConfig) -> None:
+    def __init__(self, tokenizer: PolarTokenizer, limits: LimitsConfig, *, newline_before_empty: bool = True) -> None:
+        """`newline_before_empty=False` is how upstream's training differs from its client: prompt and an empty text are
+        joined by nothing (xtuner 0.2.0, `xtuner/dataset/preference_dataset.py`, lines 218 to 233)."""
         self.tokenizer = tokenizer
         self.limits = limits
+        self._newline_before_empty = newline_before_empty
 
     def encode(self, triple: Triple) -> EncodedTriple:
         """The ids of one triple. Raises a `TripleError` that says which field cannot be encoded and why."""
@@ -129,15 +134,40 @@ class Encoder:
         The final length can pass `max_tokens` by a few tokens, because cut texts are tokenised again; so it does
         upstream.
         """
-        drafts = [self._try_draft(triple) for triple in triples]
-        texts = dict.fromkeys(
-            text for draft in drafts if isinstance(draft, _Draft) for text in (draft.first, draft.second, draft.prompt)
-        )
-        segments = {
+        drafts = [
+            self._try_drafts(triple.prompt, triple.reference, {"output": triple.output}, triple.wrapper)
+            for triple in triples
+        ]
+        segments = self._segments(draft for found in drafts if not isinstance(found, TripleError) for draft in found)
+        return [found if isinstance(found, TripleError) else self._assemble(found[0], segments) for found in drafts]
+
+    def encode_pairs(self, pairs: Sequence[PreferencePair]) -> list[tuple[EncodedTriple, EncodedTriple] | TripleError]:
+        """(chosen, rejected) of each pair, or the error that says which field is at fault; in order.
+
+        Each is what its triple encodes to, but where the prompt must be cut: it is cut alike for both, to what the
+        longer output leaves, as upstream does in training.
+        """
+        drafts = [
+            self._try_drafts(
+                pair.prompt, pair.reference, {"chosen": pair.chosen, "rejected": pair.rejected}, pair.wrapper
+            )
+            for pair in pairs
+        ]
+        segments = self._segments(draft for found in drafts if not isinstance(found, TripleError) for draft in found)
+        return [
+            found
+            if isinstance(found, TripleError)
+            else (self._assemble(found[0], segments), self._assemble(found[1], segments))
+            for found in drafts
+        ]
+
+    def _segments(self, drafts: Iterable[_Draft]) -> dict[str, Ids]:
+        """The ids of every text that the drafts consist of, each tokenised once."""
+        texts = dict.fromkeys(text for draft in drafts for text in (draft.first, draft.second, draft.prompt))
+        return {
             text: np.array(ids, dtype=np.int32)
             for text, ids in zip(texts, self.tokenizer.encode(list(texts)), strict=True)
         }
-        return [self._assemble(draft, segments) if isinstance(draft, _Draft) else draft for draft in drafts]
 
     def encode_rendered(self, rendered: Rendered) -> EncodedTriple:
         """The ids of a text that upstream's client rendered: sanitised, cut and framed by that client, not again here.
@@ -195,29 +225,45 @@ class Encoder:
         halfway = 2 + len(first)
         return EncodedTriple(self._join(first, second), halfway, halfway + common_length(first, second))
 
-    def _try_draft(self, triple: Triple) -> _Draft | TripleError:
+    def _try_drafts(
+        self, prompt: Text, reference: Text, outputs: Mapping[str, Text], wrapper: Wrapper
+    ) -> list[_Draft] | TripleError:
         try:
-            return self._draft(triple)
+            return self._drafts(prompt, reference, outputs, wrapper)
         except TripleError as error:
             return error
 
-    def _draft(self, triple: Triple) -> _Draft:
+    def _drafts(self, prompt: Text, reference: Text, outputs: Mapping[str, Text], wrapper: Wrapper) -> list[_Draft]:
+        """One draft for each of `outputs`, by the names of their fields; prompt and reference are the same in all."""
+        names = ("prompt", "reference", *outputs)
         texts = [
-            join_text(triple.prompt, "prompt"),
-            join_text(triple.reference, "reference"),
-            join_text(triple.output, "output"),
+            join_text(text, name) for name, text in zip(names, (prompt, reference, *outputs.values()), strict=True)
         ]
-        removed = [literal for text in texts for literal in self.tokenizer.special_pattern.findall(text)]
+        removed = [self.tokenizer.special_pattern.findall(text) for text in texts]
         if self._surely_fit(texts):
-            prompt, reference, output = (self.sanitise(text) for text in texts)
-            cut = (0, 0, 0)
+            kept, cut = [self.sanitise(text) for text in texts], [0] * len(texts)
         else:
-            (prompt, reference, output), cut = self._cut(*texts)
+            kept, cut = self._cut(names, texts)
         if self.limits.on_empty == "error":
-            for name, text in (("prompt", prompt), ("reference", reference), ("output", output)):
+            for name, text in zip(names, kept, strict=True):
                 if not text:
                     raise EmptyText(f"{name}: no text; fill it in, or set limits.on_empty = score", field=name)
-        return _Draft(prompt, reference, output, "" if triple.wrapper == "pretrain" else "\n", cut, removed)
+        first = self._separator(kept[1], wrapper)
+        return [
+            _Draft(
+                kept[0],
+                kept[1],
+                kept[place],
+                (first, self._separator(kept[place], wrapper)),
+                (cut[0], cut[1], cut[place]),
+                [*removed[0], *removed[1], *removed[place]],
+            )
+            for place in range(2, len(texts))
+        ]
+
+    def _separator(self, response: str, wrapper: Wrapper) -> str:
+        joined_by_nothing = wrapper == "pretrain" or not (response or self._newline_before_empty)
+        return "" if joined_by_nothing else "\n"
 
     def sanitise(self, text: str) -> str:
         """What upstream's encode-decode round trip makes of an uncut text: literals deleted, spaces cleaned up."""
@@ -225,40 +271,40 @@ class Encoder:
 
     def _surely_fit(self, texts: list[str]) -> bool:
         """Whether no limit can be reached, by a bound that needs no tokeniser: a token covers at least one byte."""
-        prompt, reference, output = (len(text.encode()) + 1 for text in texts)
-        longest_response = max(reference, output)
-        return longest_response <= self.limits.max_response_tokens and prompt <= self._prompt_budget(reference, output)
+        prompt, reference, *outputs = (len(text.encode()) + 1 for text in texts)
+        output = max(outputs)
+        return max(reference, output) <= self.limits.max_response_tokens and prompt <= self._prompt_budget(
+            reference, output
+        )
 
     def _prompt_budget(self, reference_tokens: int, output_tokens: int) -> int:
         return (self.limits.max_tokens - FRAME_TOKENS - reference_tokens - output_tokens) // 2
 
-    def _cut(self, prompt: str, reference: str, output: str) -> tuple[list[str], tuple[int, int, int]]:
-        """The three texts within the limits, and the tokens each lost."""
-        ids = [self.tokenizer.encode_special(text) for text in (prompt, reference, output)]
+    def _cut(self, names: Sequence[str], texts: list[str]) -> tuple[list[str], list[int]]:
+        """The texts (prompt, reference, outputs) within the limits, and the tokens each lost."""
+        ids = [self.tokenizer.encode_special(text) for text in texts]
         most = self.limits.max_response_tokens
-        kept_reference, kept_output = (
-            response[:most] if self.limits.cut_side == "right" else response[-most:] for response in ids[1:]
-        )
-        budget = self._prompt_budget(len(kept_reference), len(kept_output))
+        responses = [response[:most] if self.limits.cut_side == "right" else response[-most:] for response in ids[1:]]
+        n_reference, n_output = len(responses[0]), max(map(len, responses[1:]))
+        budget = self._prompt_budget(n_reference, n_output)
         if budget < 1:
             raise TripleTooLong(
-                f"reference and output take {len(kept_reference) + len(kept_output)} of max_tokens = "
+                f"reference and output take {n_reference + n_output} of max_tokens = "
                 f"{self.limits.max_tokens} and leave the prompt nothing; raise limits.max_tokens or lower "
                 "limits.max_response_tokens",
                 field="prompt",
             )
-        kept = [ids[0][-budget:], kept_reference, kept_output]
-        cut = (len(ids[0]) - len(kept[0]), len(ids[1]) - len(kept[1]), len(ids[2]) - len(kept[2]))
+        kept = [ids[0][-budget:], *responses]
+        cut = [len(before) - len(after) for before, after in zip(ids, kept, strict=True)]
         if sum(cut) and self.limits.on_too_long == "error":
-            name, tokens = next(pair for pair in zip(("prompt", "reference", "output"), cut, strict=True) if pair[1])
+            name, tokens = next(pair for pair in zip(names, cut, strict=True) if pair[1])
             raise TripleTooLong(
                 f"{name}: {tokens} tokens too long; shorten it, raise limits.max_tokens or limits.max_response_tokens, "
                 "or set limits.on_too_long = cut",
                 field=name,
             )
         special = self.tokenizer.special_ids
-        texts = [_clean_up(self.tokenizer.decode([id for id in part if id not in special])) for part in kept]
-        return texts, cut
+        return [_clean_up(self.tokenizer.decode([id for id in part if id not in special])) for part in kept], cut
 
     def _assemble(self, draft: _Draft, segments: dict[str, Ids]) -> EncodedTriple:
         tokenizer = self.tokenizer

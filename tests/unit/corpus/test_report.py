@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polar_ray.corpus.history import MOST_BUCKETS, MOST_PAUSES, trace
-from polar_ray.corpus.plots import MOST_BARS, gather, quantile, round_ticks, time_ticks
+from polar_ray.corpus.rates import time_ticks
 from polar_ray.corpus.report import ReportFacts, write_report
 from polar_ray.corpus.summary import Spread, UnitReport, combine, length_bin
-from polar_ray.corpus.wording import decimal, number, percent
 from polar_ray.errors import EmptyText
 
 STARTED = 1_763_870_000.0
@@ -200,29 +199,6 @@ def test_outliers_are_put_into_pale_end_bars_and_counted():
     assert tooltips[-1] == "0.75 to 1.00 and beyond: 1,003 rows"
 
 
-def test_two_far_modes_are_both_drawn():
-    gathered = gather({0: 500, 10_000: 500})
-    assert (gathered.below, gathered.above) == (0, 0)
-
-
-@settings(deadline=None)
-@given(st.dictionaries(st.integers(-(10**6), 10**6), st.integers(1, 10**9), min_size=1, max_size=200))
-def test_gathering_loses_no_row(bins):
-    gathered = gather(bins)
-    assert sum(gathered.counts) == sum(bins.values())
-    assert len(gathered.counts) <= MOST_BARS
-    assert gathered.below == sum(count for place, count in bins.items() if place < gathered.first)
-    assert gathered.above == sum(count for place, count in bins.items() if place >= gathered.last)
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(-50, 50), min_size=1), st.floats(0.01, 0.99))
-def test_a_quantile_is_in_the_bin_of_the_true_one(values, share):
-    bins = {value: values.count(value) for value in values}
-    assert np.floor(quantile(bins, share)) in bins or quantile(bins, share) - 1 in bins
-    assert sum(value + 1 <= quantile(bins, share) for value in values) <= share * len(values) + 1e-6
-
-
 units = st.lists(
     st.tuples(st.floats(0, 10**7), st.integers(1, 9999), st.integers(0, 10**7), st.integers(0, 10**7)), min_size=1
 )
@@ -269,42 +245,6 @@ def test_of_many_pauses_the_longest_are_cut_out():
 
 def test_reports_add_up_on_the_page():
     assert "rows 2 k 4 units" in words(render(combine([REPORT, REPORT])))
-
-
-@pytest.mark.parametrize(
-    ("value", "written"),
-    [
-        (0, "0"),
-        (7, "7"),
-        (999, "999"),
-        (1000, "1 k"),
-        (12_345, "12.3 k"),
-        (999_600, "1 M"),
-        (1.2e9, "1.2 G"),
-        (0.25, "0.25"),
-    ],
-)
-def test_numbers_take_three_digits(value, written):
-    assert number(value).replace("\u202f", " ") == written
-
-
-@pytest.mark.parametrize(
-    ("share", "written"), [(0, "0 %"), (1e-6, "< 0.1 %"), (0.5, "50.0 %"), (0.9999, "> 99.9 %"), (1, "100 %")]
-)
-def test_a_share_is_never_rounded_to_none_or_all(share, written):
-    assert percent(share).replace("\u202f", " ") == written
-
-
-def test_rewards_have_two_decimals_unless_they_are_huge():
-    assert [decimal(value).replace("\u202f", " ") for value in (-3.14159, 0, 1e6)] == ["−3.14", "0.00", "1 M"]
-
-
-@settings(deadline=None)
-@given(st.floats(-1e9, 1e9), st.floats(1e-3, 1e9))
-def test_ticks_are_few_and_inside(low, width):
-    ticks = round_ticks(low, low + width, 6)
-    assert 1 <= len(ticks) <= 7
-    assert all(low - 1e-6 * width <= value <= low + width * (1 + 1e-6) for value, _ in ticks)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,11 @@
-"""Numbers and durations, worded for people: on the terminal and in the report."""
+"""Numbers, times and codes, worded for people: on the terminal and in reports."""
 
 from __future__ import annotations
+
+import inspect
+from datetime import UTC, datetime
+
+from polar_ray.errors import PolarRayError
 
 SPACE = "\u202f"
 """Narrow and unbreakable, between a number and its unit."""
@@ -38,3 +43,25 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def plural(count: int, noun: str) -> str:
+    """A count with its noun, which takes an s in the plural."""
+    return f"{number(count)}{SPACE}{noun}{'' if count == 1 else 's'}"
+
+
+def clock(unix_time: float) -> str:
+    """A Unix time as a date and a time of day, UTC."""
+    return datetime.fromtimestamp(unix_time, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def meanings() -> dict[str, str]:
+    """Code of an error to the first sentence of its class's docstring."""
+    found: dict[str, str] = {}
+    kinds: list[type[PolarRayError]] = [PolarRayError]
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        text = " ".join((inspect.getdoc(kind) or kind.__name__).split())
+        found.setdefault(kind.code, text.replace("`", "").split(". ")[0].rstrip(".") + ".")
+    return found

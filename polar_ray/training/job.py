@@ -1,0 +1,350 @@
+"""`train`: pairs in, a checkpoint out, on Ray Data and Ray Train, and on from where it was after a crash."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import ray
+from pydantic import BaseModel
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from polar_ray.cluster import has_gpu, ray_cluster
+from polar_ray.columns import detect_message_json
+from polar_ray.config.training import TrainConfig
+from polar_ray.corpus.inputs import examine, list_inputs
+from polar_ray.corpus.manifest import FOLDER, check_writable
+from polar_ray.corpus.storage import Location
+from polar_ray.corpus.units import read_sample
+from polar_ray.encoding.tokenizer import PolarTokenizer
+from polar_ray.errors import ConfigError, OutputError, PolarRayError, TrainingError, unwrap
+from polar_ray.model.checkpoint import Checkpoint, weights_digest
+from polar_ray.model.locate import locate_model
+from polar_ray.model.rope import Rope
+from polar_ray.training.board import Board
+from polar_ray.training.manifest import (
+    TrainingManifest,
+    check_same_run,
+    load_manifest,
+    make_manifest,
+    save_manifest,
+)
+from polar_ray.training.prepare import PreparedPairs, prepare_pairs
+from polar_ray.training.progress import Show, SilentTrainProgress, TrainProgress
+from polar_ray.training.tracker import StepReport, TrainingTracker
+from polar_ray.training.worker import PACKS, PackFeed, TrainTask, train_worker
+
+SLICE_PAIRS = 4096
+"""Pairs of one file of encoded pairs."""
+
+OBJECT_STORE_BYTES = 512 << 20
+"""Of a cluster started for one run: packs on their way to the workers."""
+
+POLL_SECONDS = 0.25
+
+KEPT_CHECKPOINTS = 2
+
+RECEIPT_FILE = "receipt.json"
+METRICS_FILE = "metrics.json"
+
+LAST_SHARE = 0.1
+"""Of the steps, over which the summary's loss and accuracy are taken."""
+
+
+class TrainReceipt(BaseModel):
+    """What made a checkpoint: enough to make it again, and to know it again."""
+
+    weights_digest: str
+    """Of the weights that were written."""
+
+    base_model: str
+    base_weights_digest: str
+    tokenizer_digest: str
+    encoding_version: int
+    config: TrainConfig
+    inputs: list[dict[str, Any]]
+    """Address, size and time of change of each file of pairs."""
+
+    versions: dict[str, str]
+
+
+class TrainSummary(BaseModel):
+    """A finished run in numbers."""
+
+    pairs: int
+    """Usable ones, each counted once whatever the epochs."""
+
+    skipped: dict[str, int]
+    cut_pairs: int
+    steps: int
+    tokens: int
+    computed_tokens: int
+    loss: float
+    """Mean over the pairs of the last tenth of the steps; so is `accuracy`. Each pair was measured before it was learnt
+    from, so with one epoch these are pairs that the model had not seen."""
+
+    accuracy: float
+    seconds: float
+    """Wall time of this start of the run."""
+
+    starts: int
+    """Times that workers were started: one, and one more for each failure."""
+
+    output: str
+    weights_digest: str
+
+
+def train(
+    inputs: str | Path | Sequence[str | Path],
+    output: str | Path,
+    config: TrainConfig | None = None,
+    *,
+    fresh: bool = False,
+    progress: TrainProgress | None = None,
+) -> TrainSummary:
+    """Fine-tune a POLAR checkpoint on preference pairs and write the result, a checkpoint folder, to `output`.
+
+    Inputs are Parquet or JSONL files, folders, globs or URLs with `prompt`, `reference`, `chosen`, `rejected` and
+    optionally `wrapper`. Run again after a crash, it goes on from the newest checkpoint, with the same pairs in the
+    same order; run again after success, it changes nothing. `fresh` discards what an earlier run left in `output`.
+    Uses the Ray cluster this process is connected to, else the one at RAY_ADDRESS, else one on this machine.
+
+    Raises `InputError`, `SchemaError`, `OutputError`, `ManifestConflict`, `ConfigError`, `CheckpointError` or
+    `TooManyFailures` before any worker starts, and `TrainingError` from a run that cannot go on.
+    """
+    started = time.time()
+    config, progress = config or TrainConfig(), progress or SilentTrainProgress()
+    names = [str(given) for given in ([inputs] if isinstance(inputs, (str, Path)) else inputs)]
+    place = Location(str(output)).absolute()
+    with ExitStack() as cluster:
+        manifest = _begin(place, names, config, progress, fresh=fresh)
+        if (done := _finished(place)) is not None:
+            return done
+        with progress.stage("connecting to Ray"):
+            cluster.enter_context(ray_cluster(OBJECT_STORE_BYTES))
+        resolved = _resolve(config, place)
+        with progress.counted("encoding pairs", len(manifest.slices)) as on_file:
+            pairs = prepare_pairs(place, manifest, on_file)
+        board = Board(place)
+        starts = _run(TrainTask(place, resolved, pairs.files), pairs, progress, board)
+    return _conclude(place, manifest, pairs, board, starts, started)
+
+
+def _begin(
+    output: Location, names: list[str], config: TrainConfig, progress: TrainProgress, *, fresh: bool
+) -> TrainingManifest:
+    """The run's manifest: the one that `output` has, if it is of this very run, else a new one, written."""
+    with progress.stage("checking the pairs"):
+        files = list_inputs(names, besides=output)
+        contents = examine(files, config.columns, SLICE_PAIRS, will_write=False)
+        message_json = detect_message_json(read_sample(files, contents, config.columns), config.columns)
+    folder = locate_model(config.model, config.revision)
+    tokenizer = PolarTokenizer(folder)
+    _check_lengths(Checkpoint.open(folder), config)
+    with progress.stage("reading the weights"):
+        digest = weights_digest(folder)
+    now = make_manifest(config, files, contents, message_json, digest, tokenizer.digest)
+    before = None if fresh else load_manifest(output)
+    if before is not None:
+        check_same_run(before, now, output)
+        return before
+    check_writable(output)
+    if fresh:
+        _discard(output)
+    elif output.join("config.json").exists():
+        raise OutputError(f"{output.url}: holds a checkpoint that no run of ours left there; choose another output")
+    save_manifest(output, now)
+    return now
+
+
+def _check_lengths(checkpoint: Checkpoint, config: TrainConfig) -> None:
+    longest = Rope.of(checkpoint.config).longest_with_one_base
+    if longest is not None and config.limits.max_tokens > longest:
+        raise ConfigError(
+            f"limits.max_tokens = {config.limits.max_tokens}: beyond {longest} this model's rotary base depends on the "
+            "length, and training does not follow it there; set limits.max_tokens lower"
+        )
+
+
+def _discard(output: Location) -> None:
+    """Remove what a run leaves, and nothing else."""
+    output.join(FOLDER).delete()
+    for info in output.walk():
+        name = info.base_name
+        if name.endswith(".safetensors") or name in (
+            "config.json",
+            "model.safetensors.index.json",
+            RECEIPT_FILE,
+            METRICS_FILE,
+        ):
+            output.join(name).delete()
+
+
+def _finished(output: Location) -> TrainSummary | None:
+    """The summary of a run that has nothing left to do."""
+    place = output.join(METRICS_FILE)
+    if not place.exists():
+        return None
+    return TrainSummary.model_validate(json.loads(place.read_bytes())["summary"])
+
+
+def _resolve(config: TrainConfig, output: Location) -> TrainConfig:
+    """Settings that mean the same on every worker, checked against the cluster."""
+    model = config.model
+    if Path(model).expanduser().is_dir():
+        model = str(Path(model).expanduser().resolve())
+    device = config.device if config.device != "auto" else ("cuda" if has_gpu() else "cpu")
+    if device == "cpu" and config.precision == "float16":
+        raise ConfigError("precision = 'float16': CPUs have no float16 matrix units; take bfloat16 or float32")
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    threads = config.threads
+    if device == "cpu" and threads is None:
+        most = max(int(node.get("CPU", 1)) for node in nodes)
+        here = -(-config.workers // len(nodes))
+        threads = max(1, most // here)
+    return config.model_copy(update={"model": model, "device": device, "threads": threads})
+
+
+def _run(task: TrainTask, pairs: PreparedPairs, progress: TrainProgress, board: Board) -> int:
+    """Train, with `fit` in a thread so that this one can watch and draw; gives how often workers were started."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = {"num_cpus": 0, "max_concurrency": 1, "scheduling_strategy": here}
+    tracker: Any = ray.remote(TrainingTracker).options(**options).remote()
+    outcome: list[BaseException | None] = []
+
+    def fit() -> None:
+        try:
+            _trainer(task, tracker).fit()
+            outcome.append(None)
+        except BaseException as error:  # whatever it is, it is the main thread's to raise
+            outcome.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    with progress.training() as show:
+        while thread.is_alive():
+            _look(tracker, board, show)
+            thread.join(POLL_SECONDS)
+        starts, finished, failure = _look(tracker, board, show)
+    if failure is not None:
+        raise failure
+    if outcome[0] is not None or not finished:
+        raise _explain(outcome[0]) from None
+    return starts
+
+
+def _look(tracker: Any, board: Board, show: Show) -> tuple[int, bool, TrainingError | None]:
+    reports, starts, finished, failure = ray.get(tracker.poll.remote(board.last_step))
+    board.add(reports)
+    show(reports)
+    return starts, finished, failure
+
+
+def _trainer(task: TrainTask, tracker: Any) -> TorchTrainer:
+    config = task.config
+    store = task.output.join(FOLDER, "checkpoints")
+    on_gpu = config.device == "cuda"
+    return TorchTrainer(
+        lambda: train_worker(task, tracker),
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=config.workers,
+            use_gpu=on_gpu,
+            resources_per_worker={"GPU": 1, "CPU": 1} if on_gpu else {"CPU": config.threads},
+        ),
+        run_config=RunConfig(
+            name="run",
+            storage_path=store.path,
+            storage_filesystem=store.filesystem,
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
+        ),
+        datasets={PACKS: ray.data.from_items([{"step": 0}])},
+        dataset_config=PackFeed(task),
+    )
+
+
+def _explain(error: BaseException | None) -> PolarRayError:
+    """The reason that a run failed, in one sentence."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for cause in [*failures.values(), error]:
+        known = unwrap(cause) if isinstance(cause, BaseException) else None
+        if isinstance(known, PolarRayError):
+            return known
+    lines = str(error).strip().splitlines() or ["workers were lost"]
+    return TrainingError(f"training failed: {lines[-1]}. Run the same command again to go on from the last checkpoint")
+
+
+def _conclude(
+    output: Location, manifest: TrainingManifest, pairs: PreparedPairs, board: Board, starts: int, started: float
+) -> TrainSummary:
+    """Write what the run was and how it went, beside the weights."""
+    config = manifest.config
+    digest = _digest_of(output)
+    receipt = TrainReceipt(
+        weights_digest=digest,
+        base_model=config.model,
+        base_weights_digest=manifest.base_weights,
+        tokenizer_digest=manifest.tokenizer,
+        encoding_version=manifest.encoding_version,
+        config=config,
+        inputs=[source.model_dump(include={"url", "size", "modified_ns"}) for source in manifest.sources],
+        versions={name: version(name) for name in ("polar_ray", "torch", "transformers", "ray")},
+    )
+    reports = board.reports
+    summary = TrainSummary(
+        pairs=pairs.usable,
+        skipped={status: count for status, count in pairs.by_status.items() if status != "ok"},
+        cut_pairs=pairs.cut_pairs,
+        steps=reports[-1].step if reports else 0,
+        tokens=sum(report.tokens for report in reports),
+        computed_tokens=sum(report.computed_tokens for report in reports),
+        seconds=time.time() - started,
+        starts=starts,
+        output=output.url,
+        weights_digest=digest,
+        **_over_the_last(reports),
+    )
+    output.join(RECEIPT_FILE).write_atomically(receipt.model_dump_json(indent=2).encode())
+    metrics = {
+        "summary": summary.model_dump(mode="json"),
+        "steps": [report.model_dump(mode="json") for report in reports],
+    }
+    output.join(METRICS_FILE).write_atomically(json.dumps(metrics, indent=1).encode())
+    return summary
+
+
+def _over_the_last(reports: list[StepReport]) -> dict[str, float]:
+    last = reports[-max(1, round(LAST_SHARE * len(reports))) :]
+    pairs = sum(report.pairs for report in last)
+    return {
+        name: sum(getattr(report, name) * report.pairs for report in last) / max(1, pairs)
+        for name in ("loss", "accuracy")
+    }
+
+
+def _digest_of(output: Location) -> str:
+    if output.is_local:
+        return weights_digest(output.path)
+    import tempfile
+
+    from pyarrow import fs
+
+    with tempfile.TemporaryDirectory() as scratch:
+        for info in output.walk():
+            if info.base_name.endswith((".safetensors", ".json")):
+                fs.copy_files(
+                    info.path,
+                    f"{scratch}/{info.base_name}",
+                    source_filesystem=output.filesystem,
+                    destination_filesystem=fs.LocalFileSystem(),
+                )
+        return weights_digest(scratch)

@@ -1,0 +1,221 @@
+"""What each worker of a run does: packs in, steps, checkpoints, and at the end the trained weights out."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from ray.train import Checkpoint
+from safetensors.torch import load_file, save_file
+
+from polar_ray.config.training import TrainConfig
+from polar_ray.corpus.storage import Location
+from polar_ray.errors import TrainingError
+from polar_ray.model.locate import locate_model
+from polar_ray.model.polar import load_polar
+from polar_ray.training.adapters import add_adapters
+from polar_ray.training.export import gather_weights, write_weights
+from polar_ray.training.learner import DTYPES, Learner, PackedPairs, StepSums, idle_pairs, pack_pairs
+from polar_ray.training.packing import make_schedule
+from polar_ray.training.pairs import PairStore
+from polar_ray.training.schedule import rate_at
+from polar_ray.training.tracker import StepReport
+
+PACKS = "packs"
+"""Name of the data set that workers read."""
+
+PREFETCHED_PACKS = 4
+
+HISTORY_FILE = "steps.jsonl"
+"""In a checkpoint: the reports of all steps that led to it."""
+
+BLOCK_PACKS = 16
+"""Packs of one task that reads them."""
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """What a worker needs to know; small, because it is copied to each of them."""
+
+    output: Location
+    config: TrainConfig
+    """With `auto` values resolved."""
+
+    files: tuple[Location, ...]
+    """Of encoded pairs."""
+
+
+class PackFeed(ray.train.DataConfig):  # type: ignore[misc]
+    """Gives every worker a data set of its own: its packs, in the order in which it takes them.
+
+    Splitting one data set among the workers would leave to timing who gets which pack, and a run that goes on after a
+    crash would not be the run that it was.
+    """
+
+    def __init__(self, task: TrainTask) -> None:
+        super().__init__(datasets_to_split=[])
+        self._task = task
+
+    def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, ray.data.DataIterator]]:
+        store = PairStore(self._task.files)
+        schedule = make_schedule(store.sizes(), self._task.config)
+        n_steps = schedule.n_steps
+        packs_of: list[list[dict[str, Any]]] = [[] for _ in range(world_size)]
+        for step in range(n_steps):
+            packs, pairs = schedule.packs_of_step(step), schedule.pairs_of_step(step)
+            for place in range(-(-len(packs) // world_size) * world_size):
+                pack = packs[place].tolist() if place < len(packs) else []
+                packs_of[place % world_size].append(
+                    {"step": step, "n_steps": n_steps, "pairs_in_step": pairs, "pairs": pack}
+                )
+        return [{PACKS: self._read(packs)} for packs in packs_of]
+
+    def _read(self, packs: list[dict[str, Any]]) -> ray.data.DataIterator:
+        data = ray.data.from_items(packs, override_num_blocks=-(-len(packs) // BLOCK_PACKS))
+        # No CPU is asked for: the workers have them all, and reading is mostly waiting.
+        data = data.map(ReadPack(self._task.files), num_cpus=0)
+        data.context.execution_options.preserve_order = True
+        data.context.enable_progress_bars = False
+        data.context.print_on_execution_start = False
+        iterator: ray.data.DataIterator = data.iterator()
+        return iterator
+
+
+class ReadPack:
+    """Puts the ids of its pairs into a pack, as one run of ids and the lengths to cut it by."""
+
+    def __init__(self, files: Sequence[Location]) -> None:
+        self._files = files
+        self._store: PairStore | None = None
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        self._store = self._store or PairStore(self._files)
+        chosen, rejected = self._store.read(row["pairs"])
+        sequences = [*chosen, *rejected]
+        return {
+            **{name: row[name] for name in ("step", "n_steps", "pairs_in_step")},
+            "ids": np.concatenate([np.empty(0, dtype=np.int32), *sequences]).astype(np.int32),
+            "lengths": np.array([len(ids) for ids in sequences], dtype=np.int64),
+        }
+
+
+def train_worker(task: TrainTask, tracker: Any) -> None:
+    """Run on every worker by Ray Train. A failure that all workers share is told to the tracker and not retried."""
+    try:
+        _train(task, tracker)
+    except TrainingError as error:
+        ray.get(tracker.fail.remote(error))
+
+
+def _train(task: TrainTask, tracker: Any) -> None:
+    config, context = task.config, ray.train.get_context()
+    device = ray.train.torch.get_device()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    folder = locate_model(config.model, config.revision)
+    is_spread = config.parallel == "fsdp" and config.workers > 1
+    model = load_polar(folder, dtype=torch.float32, device="cpu" if is_spread else device)
+    if config.lora.rank:
+        add_adapters(model, config.lora)
+    learner = Learner(model, config, device)
+    history = _restore(learner, config)
+    first_step = history[-1].step if history else 0
+    if context.get_world_rank() == 0:
+        ray.get(tracker.started.remote(history))
+    for step, rows in itertools.groupby(_rows(), key=lambda row: int(row["step"])):
+        if step < first_step:
+            continue
+        taken = list(rows)
+        packs = [_pack(row, learner, model.checkpoint_config.reward_token_id, config) for row in taken]
+        n_steps = int(taken[0]["n_steps"])
+        rate = rate_at(step, n_steps, config.optimizer)
+        sums, norm = learner.step(packs, int(taken[0]["pairs_in_step"]), rate)
+        total = sums.over_all_workers(device)
+        history.append(_report(step, n_steps, total, norm, rate * config.optimizer.learning_rate))
+        if context.get_world_rank() == 0:
+            tracker.step.remote(history[-1])
+        if (step + 1) % config.checkpoint_every_steps == 0 and step + 1 < n_steps:
+            _save(learner, config, history)
+    weights = gather_weights(learner.model, DTYPES[config.save_dtype])
+    if context.get_world_rank() == 0:
+        write_weights(weights, model.checkpoint_config, folder, task.output)
+    if dist.is_initialized():
+        dist.barrier()
+    if context.get_world_rank() == 0:
+        ray.get(tracker.finish.remote())
+
+
+def _rows() -> Iterator[dict[str, Any]]:
+    shard = ray.train.get_dataset_shard(PACKS)
+    for batch in shard.iter_batches(batch_size=1, prefetch_batches=PREFETCHED_PACKS, batch_format="numpy"):
+        yield {name: column[0] for name, column in batch.items()}
+
+
+def _pack(row: dict[str, Any], learner: Learner, score_id: int, config: TrainConfig) -> PackedPairs:
+    lengths = np.asarray(row["lengths"], dtype=np.int64)
+    if not len(lengths):
+        return idle_pairs(score_id)
+    sequences = np.split(np.asarray(row["ids"], dtype=np.int32), np.cumsum(lengths)[:-1])
+    middle = len(sequences) // 2
+    return pack_pairs(
+        sequences[:middle],
+        sequences[middle:],
+        share_prefixes=config.share_prefixes,
+        max_shared_length=learner.max_shared_length,
+    )
+
+
+def _report(step: int, n_steps: int, sums: StepSums, norm: float, rate: float) -> StepReport:
+    pairs = max(sums.pairs, 1)
+    return StepReport(
+        step=step + 1,
+        n_steps=n_steps,
+        pairs=int(sums.pairs),
+        loss=sums.loss / pairs,
+        accuracy=sums.correct / pairs,
+        margin=sums.margin / pairs,
+        chosen_reward=sums.chosen / pairs,
+        rejected_reward=sums.rejected / pairs,
+        gradient_norm=norm,
+        learning_rate=rate,
+        tokens=int(sums.tokens),
+        computed_tokens=int(sums.computed_tokens),
+    )
+
+
+def _save(learner: Learner, config: TrainConfig, history: list[StepReport]) -> None:
+    """A checkpoint: with FSDP every worker's part, else what the first one has, which all have."""
+    rank, metrics = ray.train.get_context().get_world_rank(), {"step": history[-1].step}
+    if rank and config.parallel == "ddp":
+        ray.train.report(metrics)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(learner.state(), Path(folder) / f"rank-{rank:05d}.safetensors")
+        if rank == 0:
+            lines = "".join(f"{report.model_dump_json()}\n" for report in history)
+            (Path(folder) / HISTORY_FILE).write_text(lines)
+        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+
+
+def _restore(learner: Learner, config: TrainConfig) -> list[StepReport]:
+    """Take up the newest checkpoint, if there is one; gives the steps that led to it."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return []
+    rank = ray.train.get_context().get_world_rank() if config.parallel == "fsdp" else 0
+    with checkpoint.as_directory() as folder:
+        learner.restore(load_file(Path(folder) / f"rank-{rank:05d}.safetensors"))
+        lines = (Path(folder) / HISTORY_FILE).read_text().splitlines()
+    return [StepReport.model_validate_json(line) for line in lines]
