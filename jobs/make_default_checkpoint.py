@@ -1,9 +1,9 @@
-"""Makes the checkpoint that ships with polar_ray, before training: a small tokenizer and random weights.
+"""Makes what the checkpoint that ships with polar_ray is trained from: a small tokenizer and weights to start with.
 
 The folder has the files, names and shapes of a published POLAR checkpoint, so the code that loads one loads the other.
 It has no `auto_map`: polar_ray never runs a checkpoint's code, and the file names it would point to are not there.
 
-The same corpora, seed and library versions give the same bytes.
+The same arguments and library versions give the same bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ import torch
 import typer
 from safetensors.torch import save
 
-DEFAULT_OUTPUT = Path(__file__).resolve().parents[1] / "polar_ray" / "checkpoints" / "polar-tiny"
+from polar_ray.model.architecture import CheckpointConfig, merge_wqkv
+
+PROJECT = Path(__file__).resolve().parents[1]
+DEFAULT_OUTPUT = PROJECT / "build" / "polar-tiny-base"
+DEFAULT_TOKENIZER = PROJECT / "polar_ray" / "checkpoints" / "polar-tiny"
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json")
 
 TEXT_COLUMNS = ("prompt", "reference", "output", "chosen", "rejected")
 """Columns that hold text to learn pieces from; a corpus need not have all of them."""
@@ -66,19 +71,34 @@ DECLARED_TOKENS = {
 SCORE_TOKEN = 130
 """Number of the unused token whose position the reward is read from; POLAR gives it no name."""
 
-HIDDEN_SIZE = 128
-LAYERS = 6
-HEADS = 4
-KEY_VALUE_HEADS = 2
-INTERMEDIATE_SIZE = 384
+HIDDEN_SIZE = 256
+LAYERS = 4
+HEADS = 8
+KEY_VALUE_HEADS = 4
+INTERMEDIATE_SIZE = 512
 
-EMBEDDING_STD = 0.02
-"""Small beside what attention adds in the first layer. Every sequence ends in the same token, and with embeddings near
-1 that token's own vector more than halves the spread of the rewards."""
+EMBEDDING_STD = 0.5
 
-HEAD_STD = 0.17
-"""Gives rewards a standard deviation of about 2 over unlike triples, so that an error in the arithmetic shows. The
-final norm hands the head a vector of length sqrt(HIDDEN_SIZE), about 11."""
+CONSTANT = 4.0
+"""First component of every token's embedding. Weights that read it do the same at every token."""
+
+OFFSETS = (1, 2, 3, 0)
+"""How many tokens back the first layer's first heads look; their number is a multiple of the queries of a key head."""
+
+OFFSET_SHARPNESS = 6.0
+"""Logit that each frequency of a positional head adds at its offset; the next token gets about 3.4 less in all."""
+
+OFFSET_FREQUENCIES = 6
+"""The fastest of the rotary frequencies, which tell neighbours apart. Slower ones would only sharpen what is sharp."""
+
+POSITIONAL_NOISE = 0.1
+"""Random part of a positional head's query and key weights, beside that of other heads."""
+
+MATCHING_NOISE = 0.3
+"""How far a matching head's query weights are from its key weights, relative to their size."""
+
+MATCHING_SHARPNESS = 1.5
+"""Factor of a matching head's query weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +193,16 @@ def train_tokenizer(texts: Iterable[str]) -> bytes:
     return model.getvalue()
 
 
+def make_tokenizer(corpora: Sequence[Corpus]) -> dict[str, bytes]:
+    """The tokenizer's files, trained on a sample of the corpora."""
+    sample = draw_sample(corpora)
+    model = train_tokenizer(itertools.chain(*sample.texts.values()))
+    pieces = spm.SentencePieceProcessor(model_proto=model)
+    for language, texts in sample.held_out.items():
+        print(f"{language}: {sum(map(len, pieces.Encode(texts))) / sum(map(len, texts)):.4f} tokens per character")
+    return dict(zip(TOKENIZER_FILES, (model, _json(tokenizer_config(pieces))), strict=True))
+
+
 def unused_token(number: int) -> str:
     """How SentencePiece spells one of InternLM2's user-defined symbols."""
     return f"[UNUSED_TOKEN_{number}]"
@@ -223,98 +253,113 @@ def model_config(pieces: spm.SentencePieceProcessor) -> dict[str, Any]:
         "rope_scaling": {"factor": 2.0, "type": "dynamic"},
         "rope_theta": 1000000,
         "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
+        "torch_dtype": "float32",
         "untrained": True,
         "use_cache": True,
         "vocab_size": VOCABULARY_SIZE,
     }
 
 
-def tensor_shapes() -> dict[str, tuple[int, ...]]:
-    """Name to shape of every tensor, in InternLM2's layout.
+def initial_weights(config: CheckpointConfig, seed: int) -> dict[str, torch.Tensor]:
+    """Weights to train from: random ones whose attention already does what comparing two texts takes.
 
-    Rows of `wqkv` run over key-value groups, each with its query heads, then its key head, then its value head.
+    To see that an output repeats the reference, a model attends from a token to what followed the same token before:
+    one head that looks at the previous token, and one after it that matches. A large model finds such heads by itself;
+    one of this size, trained on few tokens, would spend most of them on that and settle for lengths and topics. So the
+    structure is given (mimetic initialisation, Trockman & Kolter 2023), and training decides what to do with it:
+
+    - embeddings share a constant direction, from which the first layer's `OFFSETS` heads look so many tokens back;
+    - all other heads match: their query weights are near their key weights, so that like attends to like;
+    - what layers add to the residual stream is scaled down by their number, as GPT-2's is;
+    - the value head is zero, so that all rewards start equal.
     """
-    head_size = HIDDEN_SIZE // HEADS
-    shapes: dict[str, tuple[int, ...]] = {"model.tok_embeddings.weight": (VOCABULARY_SIZE, HIDDEN_SIZE)}
-    for layer in range(LAYERS):
-        shapes |= {
-            f"model.layers.{layer}.attention_norm.weight": (HIDDEN_SIZE,),
-            f"model.layers.{layer}.attention.wqkv.weight": ((HEADS + 2 * KEY_VALUE_HEADS) * head_size, HIDDEN_SIZE),
-            f"model.layers.{layer}.attention.wo.weight": (HIDDEN_SIZE, HEADS * head_size),
-            f"model.layers.{layer}.ffn_norm.weight": (HIDDEN_SIZE,),
-            f"model.layers.{layer}.feed_forward.w1.weight": (INTERMEDIATE_SIZE, HIDDEN_SIZE),
-            f"model.layers.{layer}.feed_forward.w2.weight": (HIDDEN_SIZE, INTERMEDIATE_SIZE),
-            f"model.layers.{layer}.feed_forward.w3.weight": (INTERMEDIATE_SIZE, HIDDEN_SIZE),
-        }
-    return shapes | {"model.norm.weight": (HIDDEN_SIZE,), "v_head.weight": (1, HIDDEN_SIZE)}
-
-
-def random_weights(seed: int) -> dict[str, torch.Tensor]:
-    """Untrained weights: norms at 1, matrices normal with a variance of one over their inputs."""
     generator = torch.Generator().manual_seed(seed)
-    stds = {"model.tok_embeddings.weight": EMBEDDING_STD, "v_head.weight": HEAD_STD}
-    weights = {}
-    for name, shape in tensor_shapes().items():
-        if len(shape) == 1:
-            values = torch.ones(shape)
-        else:
-            values = torch.randn(shape, generator=generator) * stds.get(name, shape[1] ** -0.5)
-        weights[name] = values.to(torch.bfloat16)
+    hidden, inner, depth = config.hidden_size, config.intermediate_size, (2 * config.num_hidden_layers) ** -0.5
+
+    def normal(rows: int, columns: int, std: float) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator) * std
+
+    embeddings = normal(config.vocab_size, hidden, EMBEDDING_STD)
+    embeddings[:, 0] = CONSTANT
+    weights = {
+        "model.tok_embeddings.weight": embeddings,
+        "model.norm.weight": torch.ones(hidden),
+        "v_head.weight": torch.zeros(1, hidden),
+    }
+    for layer in range(config.num_hidden_layers):
+        keys = normal(config.num_key_value_heads * config.head_dim, hidden, hidden**-0.5)
+        values = normal(len(keys), hidden, hidden**-0.5)
+        queries = _matching_queries(keys, config, generator)
+        if layer == 0:
+            _look_back(queries, keys, config, generator)
+        weights |= {
+            f"model.layers.{layer}.{name}.weight": tensor
+            for name, tensor in {
+                "attention_norm": torch.ones(hidden),
+                "attention.wqkv": merge_wqkv(queries, keys, values, config),
+                "attention.wo": normal(hidden, hidden, hidden**-0.5 * depth),
+                "ffn_norm": torch.ones(hidden),
+                "feed_forward.w1": normal(inner, hidden, hidden**-0.5),
+                "feed_forward.w3": normal(inner, hidden, hidden**-0.5),
+                "feed_forward.w2": normal(hidden, inner, inner**-0.5 * depth),
+            }.items()
+        }
     return weights
 
 
-def model_card(corpora: Sequence[Corpus], sample: Sample, tokens_per_character: dict[str, float], seed: int) -> str:
+def _matching_queries(keys: torch.Tensor, config: CheckpointConfig, generator: torch.Generator) -> torch.Tensor:
+    """Query weights near the weights of the keys they meet. `keys` lose the constant, at which all tokens match."""
+    keys[:, 0] = 0
+    heads = keys.view(config.num_key_value_heads, config.head_dim, -1).repeat_interleave(config.queries_per_key, 0)
+    noise = torch.randn(heads.shape, generator=generator) * MATCHING_NOISE * config.hidden_size**-0.5
+    queries: torch.Tensor = (heads + noise) * MATCHING_SHARPNESS
+    return queries.reshape(-1, config.hidden_size)
+
+
+def _look_back(queries: torch.Tensor, keys: torch.Tensor, config: CheckpointConfig, generator: torch.Generator) -> None:
+    """Make the first heads positional, in place: head `i` looks `OFFSETS[i]` tokens back, whatever the tokens are.
+
+    Keys are the same vector everywhere and queries are that vector turned back by the offset. The rotary embedding
+    turns both by their positions, and their product is largest where key and query are an offset apart.
+    """
+    size, half = config.head_dim, config.head_dim // 2
+    # The norm divides an embedding by the root of its mean square, of which the constant has its share.
+    constant = CONSTANT / (EMBEDDING_STD**2 + CONSTANT**2 / config.hidden_size) ** 0.5
+    strength = (OFFSET_SHARPNESS * size**0.5) ** 0.5 / constant
+    amplitudes = torch.zeros(half)
+    amplitudes[:OFFSET_FREQUENCIES] = strength
+    frequencies = config.rope_theta ** (-torch.arange(half) * 2 / size)
+    for head, offset in enumerate(OFFSETS):
+        query = queries.view(-1, size, config.hidden_size)[head]
+        query.copy_(torch.randn(query.shape, generator=generator) * POSITIONAL_NOISE * config.hidden_size**-0.5)
+        query[:, 0] = torch.cat(
+            [amplitudes * (-offset * frequencies).cos(), amplitudes * (-offset * frequencies).sin()]
+        )
+    for key in keys.view(-1, size, config.hidden_size)[: len(OFFSETS) // config.queries_per_key]:
+        key *= POSITIONAL_NOISE
+        key[:, 0] = torch.cat([amplitudes, torch.zeros(half)])
+
+
+def model_card(corpora: Sequence[Corpus], seed: int) -> str:
     """README.md of the checkpoint."""
-    sampled = {text for texts in sample.texts.values() for text in texts}
-    rows = []
-    for corpus in corpora:
-        used = [text for text in corpus.texts if text in sampled]
-        licence = corpus.provenance.get("licence", "not stated")
-        rows.append(f"| {corpus.name} | {len(used):,} | {sum(map(len, used)):,} | {_sources(corpus)} | {licence} |")
-    command = " \\\n    ".join(
-        [f"python jobs/make_default_checkpoint.py --seed {seed}", *(f"--corpus {corpus.name}" for corpus in corpora)]
+    options = [f"--seed {seed}", *(f"--corpus {corpus.name}" for corpus in corpora)]
+    trained_on = "".join(
+        f"\n- {corpus.name}: {_sources(corpus)} ({corpus.provenance.get('licence', 'licence not stated')})"
+        for corpus in corpora
     )
-    parameters = sum(torch.Size(shape).numel() for shape in tensor_shapes().values())
-    size = f"{LAYERS} layers of width {HIDDEN_SIZE}, {HEADS} query and {KEY_VALUE_HEADS} key-value heads"
+    tokenizer = f"trained on:\n{trained_on}" if corpora else "that of the checkpoint it was copied from."
     return f"""\
 ---
 license: apache-2.0
 language: [en, zh]
 ---
 
-# polar-tiny
+# polar-tiny-base
 
-**The weights are untrained: random numbers from seed {seed}. The rewards mean nothing yet.** The checkpoint lets every
-part of polar_ray run, from text to reward, without a download; do not rank anything by it.
+**Untrained: every reward is 0.** A start for `polar-ray train`, in the layout of a published POLAR reward model.
+Written by `python jobs/make_default_checkpoint.py {" ".join(options)}` with torch {version("torch")}.
 
-It has the layout of a published POLAR reward model (`InternLM2ForRewardModel`) and is loaded by the same code.
-
-| file | what it is |
-|---|---|
-| config.json | {size}; {parameters:,} parameters |
-| model.safetensors | the weights, bfloat16, under InternLM2's names; query, key and value fused in `wqkv` |
-| tokenizer.model | SentencePiece BPE, {VOCABULARY_SIZE:,} pieces, byte fallback; trained, on the data below |
-| tokenizer_config.json | the control tokens, declared as POLAR declares them |
-
-Licence: Apache-2.0.
-
-## The tokenizer
-
-Trained on {CHARACTERS_PER_LANGUAGE:,} characters each of English and Chinese. Tokens per character on other texts of
-the same files: English {tokens_per_character["en"]:.2f}, Chinese {tokens_per_character["zh"]:.2f}.
-
-| file | texts | characters | source | licence |
-|---|---|---|---|---|
-{chr(10).join(rows)}
-
-## How it was made
-
-With sentencepiece {version("sentencepiece")}, torch {version("torch")} and safetensors {version("safetensors")}:
-
-```
-{command}
-```
+The tokenizer is {tokenizer}
 """
 
 
@@ -339,46 +384,47 @@ def _json(content: dict[str, Any]) -> bytes:
 
 def main(
     corpus: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Option(
             help="Parquet file to learn the tokenizer's pieces from: its columns prompt, reference, output, chosen and "
             "rejected, as far as it has them. Repeat for several. The model card quotes the schema metadata key "
-            "`provenance` (JSON: repo or sources, licence).",
+            "`provenance` (JSON: repo or sources, licence). Left out, the tokenizer is copied.",
             exists=True,
             dir_okay=False,
         ),
-    ],
+    ] = None,
+    tokenizer: Annotated[
+        Path,
+        typer.Option(
+            help="Checkpoint to copy the tokenizer of.",
+            exists=True,
+            file_okay=False,
+            show_default="polar_ray/checkpoints/polar-tiny",
+        ),
+    ] = DEFAULT_TOKENIZER,
     output: Annotated[
-        Path, typer.Option(help="Folder to write.", file_okay=False, show_default="polar_ray/checkpoints/polar-tiny")
+        Path, typer.Option(help="Folder to write.", file_okay=False, show_default="build/polar-tiny-base")
     ] = DEFAULT_OUTPUT,
-    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is already there.")] = False,
 ) -> None:
-    """Train a small tokenizer and write an untrained POLAR checkpoint around it."""
+    """Write an untrained POLAR checkpoint around a small tokenizer, trained or copied."""
     if (output / "model.safetensors").exists() and not overwrite:
         raise typer.BadParameter(
             "a checkpoint is already there; choose another folder or add --overwrite", param_hint="--output"
         )
-    corpora = read_corpora(corpus)
-    sample = draw_sample(corpora)
-    tokenizer = train_tokenizer(itertools.chain(*sample.texts.values()))
-    pieces = spm.SentencePieceProcessor(model_proto=tokenizer)
-    tokens_per_character = {
-        language: sum(map(len, pieces.Encode(texts))) / sum(map(len, texts))
-        for language, texts in sample.held_out.items()
-    }
-    files = {
-        "README.md": model_card(corpora, sample, tokens_per_character, seed).encode(),
-        "config.json": _json(model_config(pieces)),
-        "model.safetensors": save(random_weights(seed), metadata={"format": "pt"}),
-        "tokenizer.model": tokenizer,
-        "tokenizer_config.json": _json(tokenizer_config(pieces)),
+    corpora = read_corpora(corpus or [])
+    files = make_tokenizer(corpora) if corpora else {name: (tokenizer / name).read_bytes() for name in TOKENIZER_FILES}
+    config = _json(model_config(spm.SentencePieceProcessor(model_proto=files["tokenizer.model"])))
+    weights = initial_weights(CheckpointConfig.from_json(config.decode()), seed)
+    files |= {
+        "README.md": model_card(corpora, seed).encode(),
+        "config.json": config,
+        "model.safetensors": save(weights, metadata={"format": "pt"}),
     }
     output.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (output / name).write_bytes(content)
-    for language, value in tokens_per_character.items():
-        print(f"{language}: {value:.4f} tokens per character")
     for file in sorted(output.iterdir()):
         print(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.stat().st_size:>9,}  {file.name}")
 

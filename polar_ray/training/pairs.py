@@ -42,6 +42,8 @@ SCHEMA = pa.schema(
 )
 """`row` counts in the input file. Of a pair that cannot be used the ids are empty and `detail` says why."""
 
+NO_IDS: Ids = np.empty(0, dtype=np.int32)
+
 OPEN_FILES = 4096
 
 
@@ -66,7 +68,14 @@ def encode_slice(part: PairSlice, encoder: Encoder, config: TrainConfig, message
     encoded = iter(encoder.encode_pairs([pair for pair in pairs if isinstance(pair, PreferencePair)]))
     outcomes = [next(encoded) if isinstance(pair, PreferencePair) else pair for pair in pairs]
     records = [_record(part.slice.start + place, outcome, config) for place, outcome in enumerate(outcomes)]
-    return pa.Table.from_pylist(records, schema=SCHEMA)
+    columns = {name: [record[name] for record in records] for name in SCHEMA.names}
+    return pa.table(
+        [
+            _lists(columns[field.name]) if pa.types.is_list(field.type) else pa.array(columns[field.name], field.type)
+            for field in SCHEMA
+        ],
+        schema=SCHEMA,
+    )
 
 
 def write_pairs(place: Location, table: pa.Table) -> None:
@@ -88,11 +97,9 @@ class PairStore:
     def __init__(self, files: Sequence[Location]) -> None:
         """Reads the small columns of every file. Raises `OutputError` where a file is gone or broken."""
         self._files = list(files)
-        self._file: Any = np.empty(0, dtype=np.int32)
-        self._row: Any = np.empty(0, dtype=np.int32)
         usable = [_usable_rows(_open(file.url)) for file in self._files]
-        self._file = np.repeat(np.arange(len(usable), dtype=np.int32), [len(rows) for rows in usable])
-        self._row = np.concatenate([np.empty(0, dtype=np.int64), *usable])
+        self._file: Any = np.repeat(np.arange(len(usable), dtype=np.int32), [len(rows) for rows in usable])
+        self._row: Any = np.concatenate([np.empty(0, dtype=np.int64), *usable])
 
     def __len__(self) -> int:
         return len(self._row)
@@ -155,7 +162,14 @@ def _record(
             }
         outcome = problem
     nothing = dict.fromkeys(("shared_tokens", "cut_tokens", "group", "chosen_key", "rejected_key"), 0)
-    return {"row": row, "status": outcome.code, "detail": str(outcome), "chosen": [], "rejected": [], **nothing}
+    ids = {"chosen": NO_IDS, "rejected": NO_IDS}
+    return {"row": row, "status": outcome.code, "detail": str(outcome), **ids, **nothing}
+
+
+def _lists(sequences: Sequence[Ids]) -> pa.Array:
+    """A list column made of whole arrays; a conversion number by number would take longer than the encoding."""
+    ends = np.cumsum([0, *map(len, sequences)], dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate([NO_IDS, *sequences])))
 
 
 def _problem(chosen: EncodedTriple, rejected: EncodedTriple, config: TrainConfig) -> TripleError | None:

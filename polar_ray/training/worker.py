@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
-import ray.data
 import ray.train
 import ray.train.torch
 import torch
@@ -20,20 +18,15 @@ from ray.train import Checkpoint
 from safetensors.torch import load_file, save_file
 
 from polar_ray.config.training import TrainConfig
-from polar_ray.corpus.storage import Location
 from polar_ray.errors import TrainingError
 from polar_ray.model.locate import locate_model
 from polar_ray.model.polar import load_polar
 from polar_ray.training.adapters import add_adapters
 from polar_ray.training.export import gather_weights, write_weights
+from polar_ray.training.feed import PACKS, TrainTask
 from polar_ray.training.learner import DTYPES, Learner, PackedPairs, StepSums, idle_pairs, pack_pairs
-from polar_ray.training.packing import make_schedule
-from polar_ray.training.pairs import PairStore
 from polar_ray.training.schedule import rate_at
 from polar_ray.training.tracker import StepReport
-
-PACKS = "packs"
-"""Name of the data set that workers read."""
 
 PREFETCHED_PACKS = 4
 
@@ -42,72 +35,6 @@ HISTORY_FILE = "steps.jsonl"
 
 BLOCK_PACKS = 16
 """Packs of one task that reads them."""
-
-
-@dataclass(frozen=True)
-class TrainTask:
-    """What a worker needs to know; small, because it is copied to each of them."""
-
-    output: Location
-    config: TrainConfig
-    """With `auto` values resolved."""
-
-    files: tuple[Location, ...]
-    """Of encoded pairs."""
-
-
-class PackFeed(ray.train.DataConfig):  # type: ignore[misc]
-    """Gives every worker a data set of its own: its packs, in the order in which it takes them.
-
-    Splitting one data set among the workers would leave to timing who gets which pack, and a run that goes on after a
-    crash would not be the run that it was.
-    """
-
-    def __init__(self, task: TrainTask) -> None:
-        super().__init__(datasets_to_split=[])
-        self._task = task
-
-    def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, ray.data.DataIterator]]:
-        store = PairStore(self._task.files)
-        schedule = make_schedule(store.sizes(), self._task.config)
-        n_steps = schedule.n_steps
-        packs_of: list[list[dict[str, Any]]] = [[] for _ in range(world_size)]
-        for step in range(n_steps):
-            packs, pairs = schedule.packs_of_step(step), schedule.pairs_of_step(step)
-            for place in range(-(-len(packs) // world_size) * world_size):
-                pack = packs[place].tolist() if place < len(packs) else []
-                packs_of[place % world_size].append(
-                    {"step": step, "n_steps": n_steps, "pairs_in_step": pairs, "pairs": pack}
-                )
-        return [{PACKS: self._read(packs)} for packs in packs_of]
-
-    def _read(self, packs: list[dict[str, Any]]) -> ray.data.DataIterator:
-        data = ray.data.from_items(packs, override_num_blocks=-(-len(packs) // BLOCK_PACKS))
-        # No CPU is asked for: the workers have them all, and reading is mostly waiting.
-        data = data.map(ReadPack(self._task.files), num_cpus=0)
-        data.context.execution_options.preserve_order = True
-        data.context.enable_progress_bars = False
-        data.context.print_on_execution_start = False
-        iterator: ray.data.DataIterator = data.iterator()
-        return iterator
-
-
-class ReadPack:
-    """Puts the ids of its pairs into a pack, as one run of ids and the lengths to cut it by."""
-
-    def __init__(self, files: Sequence[Location]) -> None:
-        self._files = files
-        self._store: PairStore | None = None
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        self._store = self._store or PairStore(self._files)
-        chosen, rejected = self._store.read(row["pairs"])
-        sequences = [*chosen, *rejected]
-        return {
-            **{name: row[name] for name in ("step", "n_steps", "pairs_in_step")},
-            "ids": np.concatenate([np.empty(0, dtype=np.int32), *sequences]).astype(np.int32),
-            "lengths": np.array([len(ids) for ids in sequences], dtype=np.int64),
-        }
 
 
 def train_worker(task: TrainTask, tracker: Any) -> None:

@@ -1,0 +1,88 @@
+"""Packs on their way to the workers, on Ray Data: each worker's own, in the order in which it takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray.data
+import ray.train
+
+from polar_ray.config.training import TrainConfig
+from polar_ray.corpus.storage import Location
+from polar_ray.training.packing import make_schedule
+from polar_ray.training.pairs import NO_IDS, PairStore
+
+PACKS = "packs"
+"""Name of the data set that workers read."""
+
+BLOCK_PACKS = 16
+"""Packs of one task that reads them."""
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """What a worker needs to know; small, because it is copied to each of them."""
+
+    output: Location
+    config: TrainConfig
+    """With `auto` values resolved."""
+
+    files: tuple[Location, ...]
+    """Of encoded pairs."""
+
+
+class PackFeed(ray.train.DataConfig):  # type: ignore[misc]
+    """Gives every worker a data set of its own: its packs, in the order in which it takes them.
+
+    Splitting one data set among the workers would leave to timing who gets which pack, and a run that goes on after a
+    crash would not be the run that it was.
+    """
+
+    def __init__(self, task: TrainTask) -> None:
+        super().__init__(datasets_to_split=[])
+        self._task = task
+
+    def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, ray.data.DataIterator]]:
+        store = PairStore(self._task.files)
+        schedule = make_schedule(store.sizes(), self._task.config)
+        n_steps = schedule.n_steps
+        packs_of: list[list[dict[str, Any]]] = [[] for _ in range(world_size)]
+        for step in range(n_steps):
+            packs, pairs = schedule.packs_of_step(step), schedule.pairs_of_step(step)
+            for place in range(-(-len(packs) // world_size) * world_size):
+                pack = packs[place].tolist() if place < len(packs) else []
+                packs_of[place % world_size].append(
+                    {"step": step, "n_steps": n_steps, "pairs_in_step": pairs, "pairs": pack}
+                )
+        return [{PACKS: self._read(packs)} for packs in packs_of]
+
+    def _read(self, packs: list[dict[str, Any]]) -> ray.data.DataIterator:
+        data = ray.data.from_items(packs, override_num_blocks=-(-len(packs) // BLOCK_PACKS))
+        # No CPU is asked for: the workers have them all, and reading is mostly waiting.
+        data = data.map(ReadPack(self._task.files), num_cpus=0)
+        data.context.execution_options.preserve_order = True
+        data.context.enable_progress_bars = False
+        data.context.print_on_execution_start = False
+        iterator: ray.data.DataIterator = data.iterator()
+        return iterator
+
+
+class ReadPack:
+    """Puts the ids of its pairs into a pack, as one run of ids and the lengths to cut it by."""
+
+    def __init__(self, files: Sequence[Location]) -> None:
+        self._files = files
+        self._store: PairStore | None = None
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        self._store = self._store or PairStore(self._files)
+        chosen, rejected = self._store.read(row["pairs"])
+        sequences = [*chosen, *rejected]
+        return {
+            **{name: row[name] for name in ("step", "n_steps", "pairs_in_step")},
+            "ids": np.concatenate([NO_IDS, *sequences]),
+            "lengths": np.array([len(ids) for ids in sequences], dtype=np.int64),
+        }

@@ -1,0 +1,209 @@
+"""Training on a real Ray cluster: a checkpoint that scores, and the same trajectory whatever dies on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from polar_ray.config import EngineConfig, TrainConfig
+from polar_ray.errors import ManifestConflict, OutputError, TooManyFailures, TrainingError
+from polar_ray.model.locate import EMBEDDED_FOLDER
+from polar_ray.scoring import Scorer
+from polar_ray.training.job import train
+from polar_ray.triples import Triple
+from tests.support.checkpoints import write_checkpoint
+
+pytestmark = pytest.mark.ray
+
+PROJECT = Path(__file__).parents[2]
+DEADLINE_S = 200
+
+SETTINGS = {
+    "precision": "float32",
+    "max_packed_tokens": 512,
+    "packs_per_step": 2,
+    "checkpoint_every_steps": 3,
+    "shuffle": "groups",
+    "threads": 1,
+    "optimizer": {"learning_rate": 1e-3},
+}
+
+
+def make_pairs(n: int) -> list[dict[str, str]]:
+    return [
+        {
+            "prompt": f"How many pears are {k} and {k + 1}?",
+            "reference": f"{2 * k + 1} pears.",
+            "chosen": f"There are {2 * k + 1}.",
+            "rejected": f"There are {2 * k + 1 + extra}.",
+        }
+        for k in range(n)
+        for extra in (1, 3)
+    ]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_checkpoint(
+        tmp_path_factory.mktemp("base") / "checkpoint", tokenizer=EMBEDDED_FOLDER, vocab_size=4096, reward_token_id=133
+    )
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """JSON Lines as upstream has them, with three lines of no use among them, and Parquet."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rows = make_pairs(40)
+    lines = [json.dumps(row) for row in rows[:40]]
+    conversation = {name: [{"role": "user", "content": text}] for name, text in rows[40].items()}
+    lines += [json.dumps(conversation), "{", json.dumps({**rows[0], "rejected": rows[0]["chosen"]})]
+    lines.append(json.dumps({**rows[0], "reference": ""}))
+    (folder / "a.jsonl").write_text("\n".join(lines) + "\n")
+    pq.write_table(pa.Table.from_pylist(rows[41:]), folder / "b.parquet", row_group_size=10)
+    return folder
+
+
+def steps_of(output: Path) -> list[tuple[int, float, float]]:
+    steps = json.loads((output / "metrics.json").read_text())["steps"]
+    return [(step["step"], step["loss"], step["gradient_norm"]) for step in steps]
+
+
+def assert_same_trajectory(found, expected):
+    assert [step for step, _, _ in found] == [step for step, _, _ in expected]
+    for (_, loss, norm), (_, expected_loss, expected_norm) in zip(found, expected, strict=True):
+        assert loss == pytest.approx(expected_loss, rel=1e-3)
+        assert norm == pytest.approx(expected_norm, rel=1e-2)
+
+
+@pytest.fixture(scope="module")
+def trained(cluster, base, pairs, tmp_path_factory):
+    """A run on one worker that nothing disturbed."""
+    output = tmp_path_factory.mktemp("trained") / "out"
+    return output, train(pairs, output, TrainConfig(model=str(base), **SETTINGS))
+
+
+def test_a_run_reports_what_it_did(trained):
+    output, summary = trained
+    assert summary.pairs == 80
+    assert summary.skipped == {"row_unreadable": 1, "triple_empty": 1, "triple_invalid": 1}
+    skipped = [json.loads(line) for line in (output / "_polar_ray" / "skipped.jsonl").read_text().splitlines()]
+    assert [(Path(row["file"]).name, row["row"]) for row in skipped] == [
+        ("a.jsonl", 41),
+        ("a.jsonl", 42),
+        ("a.jsonl", 43),
+    ]
+    assert "same to the model" in skipped[1]["detail"]
+    assert summary.computed_tokens < 0.7 * summary.tokens
+    assert summary.steps == len(steps_of(output)) > 3
+    assert summary.starts == 1
+    assert list((output / "_polar_ray" / "tensorboard").glob("events.*"))
+
+
+def test_the_result_is_a_checkpoint_with_a_receipt(trained, base):
+    output, summary = trained
+    receipt = json.loads((output / "receipt.json").read_text())
+    assert receipt["weights_digest"] == summary.weights_digest != receipt["base_weights_digest"]
+    assert receipt["config"]["optimizer"]["learning_rate"] == 1e-3
+    triple = Triple("How many pears are 3 and 4?", "7 pears.", "There are 7.")
+    rewards = []
+    for folder in (base, output):
+        with Scorer.open(str(folder), engine=EngineConfig(device="cpu")) as scorer:
+            rewards.append(scorer.score([triple])[0].reward)
+    assert None not in rewards
+    assert rewards[0] != rewards[1]
+    config = json.loads((output / "config.json").read_text())
+    assert config["torch_dtype"] == "bfloat16"
+
+
+def test_a_second_start_does_nothing_and_other_settings_are_refused(trained, base, pairs):
+    output, summary = trained
+    before = (output / "model.safetensors").stat().st_mtime_ns
+    config = TrainConfig(model=str(base), **SETTINGS)
+    assert train(pairs, output, config) == summary
+    assert (output / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(ManifestConflict, match=r"config\.optimizer\.learning_rate: was 0\.001, is 0\.01"):
+        train(pairs, output, config.model_copy(update={"optimizer": {"learning_rate": 0.01}}))
+    with pytest.raises(OutputError, match="holds a checkpoint"):
+        train(pairs, base, config)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_workers_follow_the_trajectory_of_one(trained, base, pairs, tmp_path, parallel):
+    config = TrainConfig(model=str(base), workers=2, parallel=parallel, **SETTINGS)
+    train(pairs, tmp_path / "out", config)
+    assert_same_trajectory(steps_of(tmp_path / "out"), steps_of(trained[0]))
+
+
+def test_too_many_bad_pairs_stop_a_run_before_it_starts(cluster, base, tmp_path):
+    (tmp_path / "bad.jsonl").write_text("\n".join([json.dumps(make_pairs(1)[0]), "{", "{"]) + "\n")
+    with pytest.raises(TooManyFailures, match=r"2 of 3 pairs.*row_unreadable.*skipped\.jsonl"):
+        train(tmp_path / "bad.jsonl", tmp_path / "out", TrainConfig(model=str(base), **SETTINGS))
+
+
+def test_weights_that_run_away_end_the_run_at_once(cluster, base, pairs, tmp_path):
+    settings = {**SETTINGS, "optimizer": {"learning_rate": 1e30}}
+    with pytest.raises(TrainingError, match=r"gradient's norm.*learning_rate"):
+        train(pairs, tmp_path / "out", TrainConfig(model=str(base), **settings))
+
+
+def start(base: Path, pairs: Path, output: Path) -> subprocess.Popen:
+    """The run as its own driver, with its own cluster."""
+    (output.parent / "settings.toml").write_text(
+        "".join(f"{name} = {json.dumps(value)}\n" for name, value in SETTINGS.items() if name != "optimizer")
+        + "max_failures = 3\n[optimizer]\nlearning_rate = 1e-3\n"
+    )
+    command = [sys.executable, "-m", "polar_ray", "train", str(pairs), "-o", str(output), "--model", str(base)]
+    return subprocess.Popen(
+        [*command, "--config", str(output.parent / "settings.toml"), "--json"],
+        cwd=PROJECT,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def wait_for_a_checkpoint(run: subprocess.Popen, output: Path) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not list(output.glob("_polar_ray/checkpoints/run/checkpoint_*/steps.jsonl")):
+        assert time.monotonic() < deadline, "no checkpoint was written"
+        assert run.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.02)
+
+
+def finish(run: subprocess.Popen) -> dict:
+    printed, complaints = run.communicate(timeout=DEADLINE_S)
+    assert run.returncode == 0, complaints.decode()[-2000:]
+    return json.loads(printed)
+
+
+def test_a_killed_worker_is_replaced_and_follows_the_same_trajectory(trained, base, pairs, tmp_path):
+    run = start(base, pairs, tmp_path / "out")
+    wait_for_a_checkpoint(run, tmp_path / "out")
+    workers = [
+        child
+        for child in psutil.Process(run.pid).children(recursive=True)
+        if "RayTrainWorker" in " ".join(child.cmdline())
+    ]
+    assert workers, "no training process was found"
+    workers[0].kill()
+    summary = finish(run)
+    assert summary["starts"] == 2
+    assert_same_trajectory(steps_of(tmp_path / "out"), steps_of(trained[0]))
+
+
+def test_a_killed_driver_is_resumed_on_the_same_trajectory(trained, base, pairs, tmp_path):
+    run = start(base, pairs, tmp_path / "out")
+    wait_for_a_checkpoint(run, tmp_path / "out")
+    os.kill(run.pid, signal.SIGKILL)
+    run.communicate()
+    assert not (tmp_path / "out" / "config.json").exists()
+    finish(start(base, pairs, tmp_path / "out"))
+    assert_same_trajectory(steps_of(tmp_path / "out"), steps_of(trained[0]))
