@@ -13,7 +13,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from polar_ray.config import EvaluateConfig, ScoreConfig
+from polar_ray.config import EvaluateConfig, ScoreConfig, TrainConfig
 from polar_ray.errors import PolarRayError
 from polar_ray.triples import PreferencePair, Scored, Triple
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from polar_ray.evaluation.run import evaluate
     from polar_ray.receipts import Receipt
     from polar_ray.scoring import Scorer
+    from polar_ray.training.job import TrainSummary, train
 
 _LATE = {
     "AsyncRewardClient": "polar_ray.client",
@@ -32,8 +33,10 @@ _LATE = {
     "Receipt": "polar_ray.receipts",
     "RewardClient": "polar_ray.client",
     "Scorer": "polar_ray.scoring",
+    "TrainSummary": "polar_ray.training.job",
     "evaluate": "polar_ray.evaluation.run",
     "score_parquet": "polar_ray.corpus.job",
+    "train": "polar_ray.training.job",
 }
 
 __version__ = "0.2.0"
@@ -50,9 +53,12 @@ __all__ = [
     "ScoreConfig",
     "Scored",
     "Scorer",
+    "TrainConfig",
+    "TrainSummary",
     "Triple",
     "evaluate",
     "score_parquet",
+    "train",
 ]
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from polar_ray.config import TrainConfig, load_config
+
+if TYPE_CHECKING:
+    from polar_ray.training.job import TrainSummary
 
 
 def train(
@@ -32,6 +35,10 @@ def train(
     ] = None,
     precision: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     lora_rank: Annotated[int | None, typer.Option(help="Train adapters of this rank; 0: all weights.")] = None,
+    prompt_column: Annotated[str | None, typer.Option(help="Column that holds the prompt.")] = None,
+    reference_column: Annotated[str | None, typer.Option(help="Column that holds the reference.")] = None,
+    chosen_column: Annotated[str | None, typer.Option(help="Column that holds the better output.")] = None,
+    rejected_column: Annotated[str | None, typer.Option(help="Column that holds the worse output.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings; flags win over it.")] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", help="Any setting, as section.key=value. Repeatable.")
@@ -63,8 +70,11 @@ def train(
         parallel=parallel,
         precision=precision,
         lora__rank=lora_rank,
+        columns__prompt=prompt_column,
+        columns__reference=reference_column,
+        columns__chosen=chosen_column,
+        columns__rejected=rejected_column,
     )
-    from polar_ray.training.job import TrainSummary
     from polar_ray.training.job import train as run
     from polar_ray.training.progress import LogTrainProgress, TerminalTrainProgress, TrainProgress
 
@@ -73,7 +83,7 @@ def train(
     try:
         # When a worker dies Ray prints to stdout, where a summary for machines may be wanted.
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            summary: TrainSummary = run(pairs, output, settings, fresh=fresh, progress=progress)
+            summary = run(pairs, output, settings, fresh=fresh, progress=progress)
     except KeyboardInterrupt:
         notes.print("stopped. Run the same command again to go on from the last checkpoint.", highlight=False)
         raise
@@ -83,11 +93,8 @@ def train(
     Console().print(_table(summary))
 
 
-def _table(summary: object) -> Table:
+def _table(summary: TrainSummary) -> Table:
     """The summary for people."""
-    from polar_ray.training.job import TrainSummary
-
-    assert isinstance(summary, TrainSummary)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column(overflow="fold")

@@ -43,8 +43,13 @@ class OptimizerConfig(Settings):
     """The highest, of Muon's part."""
 
     beta1: float = Field(0.9, ge=0, lt=1)
+    """Of AdamW: how much of the gradients' running mean a step keeps."""
+
     beta2: float = Field(0.95, ge=0, lt=1)
+    """Of AdamW: how much of the running mean of their squares."""
+
     weight_decay: float = Field(0.0, ge=0)
+    """Share of each weight that a step at a learning rate of 1 would take away."""
 
     clip_norm: float = Field(1.0, gt=0)
     """Gradients whose norm over all weights is larger are scaled down to it."""

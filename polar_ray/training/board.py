@@ -32,7 +32,7 @@ class Board:
         self._writer: Any = None
         folder = output.join(FOLDER, "tensorboard")
         if folder.is_local:
-            from torch.utils.tensorboard import SummaryWriter
+            from tensorboardX import SummaryWriter
 
             folder.delete()
             self._writer = SummaryWriter(folder.path)

@@ -61,8 +61,8 @@ class PackFeed(ray.train.DataConfig):  # type: ignore[misc]
 
     def _read(self, packs: list[dict[str, Any]]) -> ray.data.DataIterator:
         data = ray.data.from_items(packs, override_num_blocks=-(-len(packs) // BLOCK_PACKS))
-        # No CPU is asked for: the workers have them all, and reading is mostly waiting.
-        data = data.map(ReadPack(self._task.files), num_cpus=0)
+        # One process for each worker. No CPU is asked for: the workers have them all, and reading is mostly waiting.
+        data = data.map(ReadPack, fn_constructor_args=(self._task.files,), num_cpus=0, concurrency=1)
         data.context.execution_options.preserve_order = True
         data.context.enable_progress_bars = False
         data.context.print_on_execution_start = False
@@ -74,11 +74,9 @@ class ReadPack:
     """Puts the ids of its pairs into a pack, as one run of ids and the lengths to cut it by."""
 
     def __init__(self, files: Sequence[Location]) -> None:
-        self._files = files
-        self._store: PairStore | None = None
+        self._store = PairStore(files)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        self._store = self._store or PairStore(self._files)
         chosen, rejected = self._store.read(row["pairs"])
         sequences = [*chosen, *rejected]
         return {

@@ -12,6 +12,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from polar_ray.config import EngineConfig, TrainConfig
 from polar_ray.errors import ManifestConflict, OutputError, TooManyFailures, TrainingError
@@ -28,7 +29,7 @@ DEADLINE_S = 200
 
 SETTINGS = {
     "precision": "float32",
-    "max_packed_tokens": 512,
+    "max_packed_tokens": 128,
     "packs_per_step": 2,
     "checkpoint_every_steps": 3,
     "shuffle": "groups",
@@ -104,7 +105,10 @@ def test_a_run_reports_what_it_did(trained):
     assert summary.computed_tokens < 0.7 * summary.tokens
     assert summary.steps == len(steps_of(output)) > 3
     assert summary.starts == 1
-    assert list((output / "_polar_ray" / "tensorboard").glob("events.*"))
+    board = EventAccumulator(str(output / "_polar_ray" / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("loss")] == [
+        (step, pytest.approx(loss)) for step, loss, _ in steps_of(output)
+    ]
 
 
 def test_the_result_is_a_checkpoint_with_a_receipt(trained, base):
@@ -130,7 +134,7 @@ def test_a_second_start_does_nothing_and_other_settings_are_refused(trained, bas
     assert train(pairs, output, config) == summary
     assert (output / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(ManifestConflict, match=r"config\.optimizer\.learning_rate: was 0\.001, is 0\.01"):
-        train(pairs, output, config.model_copy(update={"optimizer": {"learning_rate": 0.01}}))
+        train(pairs, output, TrainConfig(model=str(base), **{**SETTINGS, "optimizer": {"learning_rate": 0.01}}))
     with pytest.raises(OutputError, match="holds a checkpoint"):
         train(pairs, base, config)
 

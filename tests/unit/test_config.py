@@ -6,7 +6,7 @@ import pytest
 from pydantic import BaseModel
 
 from polar_ray import config
-from polar_ray.config import ScoreConfig, ServeConfig, config_from_arguments, load_config
+from polar_ray.config import ScoreConfig, ServeConfig, TrainConfig, config_from_arguments, load_config
 from polar_ray.errors import ConfigError
 
 JOBS = sorted((Path(__file__).parents[2] / "jobs").rglob("*.toml"))
@@ -81,7 +81,7 @@ def test_settings_cannot_be_changed_and_round_trip_through_json():
 
 def test_every_setting_explains_itself():
     for kind in vars(config).values():
-        if isinstance(kind, type) and issubclass(kind, BaseModel) and kind.__module__ == config.__name__:
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
             for name, field in kind.model_fields.items():
                 is_section = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
                 assert is_section or field.description, f"{kind.__name__}.{name} has no docstring"
@@ -89,7 +89,34 @@ def test_every_setting_explains_itself():
 
 @pytest.mark.parametrize("file", JOBS, ids=lambda file: f"{file.parent.name}/{file.name}")
 def test_the_settings_that_ship_are_valid(file):
-    assert load_config(ServeConfig if file.parent.name == "serve" else ScoreConfig, file)
+    assert load_config({"score": ScoreConfig, "serve": ServeConfig, "train": TrainConfig}[file.parent.name], file)
+
+
+@pytest.mark.parametrize(("size", "rate"), [("1_8b", 1e-5), ("7b", 2e-5)])
+def test_polars_own_hyper_parameters_ship(size, rate):
+    """xtuner's configs of the POLAR repository, `POLAR_*_full_varlenattn_custom_dataset.py`."""
+    found = load_config(TrainConfig, Path(__file__).parents[2] / "jobs" / "train" / f"polar_{size}.toml")
+    optimizer = found.optimizer
+    assert (optimizer.kind, optimizer.learning_rate, optimizer.weight_decay) == ("adamw", rate, 0)
+    assert (optimizer.beta1, optimizer.beta2, optimizer.clip_norm) == (0.9, 0.95, 1.0)
+    assert (optimizer.warmup_fraction, optimizer.final_fraction) == (0.03, 0.1)
+    assert (found.epochs, found.max_packed_tokens, found.packs_per_step) == (1, 32768, 2 * found.workers)
+    assert (found.limits.max_tokens, found.limits.max_response_tokens) == (16384, 4096)
+    assert (found.loss.kind, found.loss.penalty, found.limits.cut_side) == ("ranking", "none", "right")
+
+
+@pytest.mark.parametrize(
+    ("assignments", "says"),
+    [
+        (["workers=3"], "packs_per_step: 16 packs cannot be shared evenly among 3 workers"),
+        (["lora.rank=8", "optimizer.kind=muon"], r"optimizer\.kind: muon is for whole matrices"),
+        (["parallel=fsdp", "optimizer.kind=muon"], r"optimizer\.kind: muon needs whole matrices"),
+        (["parallel=fsdp", "precision=float16"], "precision: fsdp"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_it_starts(assignments, says):
+    with pytest.raises(ConfigError, match=says):
+        load_config(TrainConfig, None, assignments)
 
 
 def test_replicas_are_a_number_or_a_range():

@@ -9,27 +9,40 @@ from hypothesis import strategies as st
 
 from polar_ray.config import LimitsConfig
 from polar_ray.encoding.encode import Encoder
-from polar_ray.triples import Triple
+from polar_ray.triples import PreferencePair, Triple
 
 CASES = json.loads((Path(__file__).parents[2] / "goldens" / "encoding" / "upstream.json").read_text())["cases"]
 PLAIN = [case for case in CASES if not case["interior_control"]]
 SMUGGLED = [case for case in CASES if case["interior_control"]]
 
 
-def encode(tokenizer, case):
+def encoder_for(tokenizer, case):
     limits = LimitsConfig(
         max_tokens=case["max_tokens"],
         max_response_tokens=case["max_response_tokens"],
         cut_side=case["cut_side"],
         on_empty="score",
     )
+    return Encoder(tokenizer, limits)
+
+
+def encode(tokenizer, case):
     triple = Triple(case["prompt"], case["reference"], case["output"], wrapper=case["wrapper"])
-    return Encoder(tokenizer, limits).encode(triple)
+    return encoder_for(tokenizer, case).encode(triple)
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=lambda case: case["name"])
 def test_ids_are_upstreams(polar_tokenizer, case):
     assert encode(polar_tokenizer, case).ids.tolist() == case["ids"]
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=lambda case: case["name"])
+def test_training_reads_the_ids_that_scoring_reads(polar_tokenizer, case):
+    encoder = encoder_for(polar_tokenizer, case)
+    texts = {name: case[name] for name in ("prompt", "reference")}
+    pair = PreferencePair(**texts, chosen=case["output"], rejected=case["output"], wrapper=case["wrapper"])
+    ((chosen, rejected),) = encoder.encode_pairs([pair])
+    assert chosen.ids.tolist() == rejected.ids.tolist() == case["ids"]
 
 
 @pytest.mark.parametrize("case", SMUGGLED, ids=lambda case: case["name"])
