@@ -6,6 +6,7 @@ from typing import Any
 
 from polar_ray.corpus.manifest import FOLDER
 from polar_ray.corpus.storage import Location
+from polar_ray.errors import ConfigError
 from polar_ray.training.tracker import StepReport
 
 SCALARS = {
@@ -24,29 +25,40 @@ SCALARS = {
 
 
 class Board:
-    """Takes the reports of one run's steps, from the first on: a run that goes on tells of its earlier steps again."""
+    """Takes the reports of one run's steps, from the first on: a run that goes on tells of its earlier steps again.
+
+    Event files go to a local disk alone, because they are appended to; a run with its output elsewhere has no board.
+    """
 
     def __init__(self, output: Location) -> None:
-        """Event files go to a local disk alone: they are appended to."""
-        self.reports: list[StepReport] = []
+        """Raises `ConfigError` where the writer is not installed."""
+        self.last_step = 0
+        self._folder = output.join(FOLDER, "tensorboard")
         self._writer: Any = None
-        folder = output.join(FOLDER, "tensorboard")
-        if folder.is_local:
-            from tensorboardX import SummaryWriter
-
-            folder.delete()
-            self._writer = SummaryWriter(folder.path)
-
-    @property
-    def last_step(self) -> int:
-        return self.reports[-1].step if self.reports else 0
+        try:
+            import tensorboardX
+        except ImportError:
+            raise ConfigError("training needs tensorboardX, to show how it goes; install polar_ray[train]") from None
+        self._open = tensorboardX.SummaryWriter
 
     def add(self, reports: list[StepReport]) -> None:
         """Show new steps, in order."""
-        self.reports += reports
-        if self._writer is None or not reports:
+        if not reports:
             return
+        self.last_step = reports[-1].step
+        if not self._folder.is_local:
+            return
+        if self._writer is None:
+            self._folder.delete()
+            self._writer = self._open(self._folder.path)
         for report in reports:
             for field, name in SCALARS.items():
-                self._writer.add_scalar(name, getattr(report, field), report.step)
+                if (value := getattr(report, field)) is not None:
+                    self._writer.add_scalar(name, value, report.step)
+            self._writer.add_scalar("tokens/computed_per_second", report.computed_tokens / report.seconds, report.step)
         self._writer.flush()
+
+    def close(self) -> None:
+        """Nothing more will be shown."""
+        if self._writer is not None:
+            self._writer.close()

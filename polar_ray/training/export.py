@@ -62,6 +62,7 @@ def write_weights(weights: dict[str, Tensor], config: CheckpointConfig, base: Pa
 
     `config.json` comes last: a folder that has one is complete. Raises `OutputError` when the storage refuses.
     """
+    output.join("config.json").delete()
     missing = [part for name in tensor_shapes(config) for part in llama_names(name) if part not in weights]
     assert not missing, missing
     with tempfile.TemporaryDirectory() as scratch:

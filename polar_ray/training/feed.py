@@ -48,16 +48,23 @@ class PackFeed(ray.train.DataConfig):  # type: ignore[misc]
     def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, ray.data.DataIterator]]:
         store = PairStore(self._task.files)
         schedule = make_schedule(store.sizes(), self._task.config)
-        n_steps = schedule.n_steps
-        packs_of: list[list[dict[str, Any]]] = [[] for _ in range(world_size)]
-        for step in range(n_steps):
-            packs, pairs = schedule.packs_of_step(step), schedule.pairs_of_step(step)
-            for place in range(-(-len(packs) // world_size) * world_size):
-                pack = packs[place].tolist() if place < len(packs) else []
-                packs_of[place % world_size].append(
-                    {"step": step, "n_steps": n_steps, "pairs_in_step": pairs, "pairs": pack}
+        pairs_of = [schedule.pairs_of_step(step) for step in range(schedule.n_steps)]
+        return [
+            {
+                PACKS: self._read(
+                    [
+                        {
+                            "step": step,
+                            "n_steps": schedule.n_steps,
+                            "pairs_in_step": pairs_of[step],
+                            "pairs": pack.tolist(),
+                        }
+                        for step, pack in schedule.of_worker(rank, world_size)
+                    ]
                 )
-        return [{PACKS: self._read(packs)} for packs in packs_of]
+            }
+            for rank in range(world_size)
+        ]
 
     def _read(self, packs: list[dict[str, Any]]) -> ray.data.DataIterator:
         data = ray.data.from_items(packs, override_num_blocks=-(-len(packs) // BLOCK_PACKS))

@@ -19,27 +19,33 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from polar_ray.cluster import has_gpu, ray_cluster
 from polar_ray.columns import detect_message_json
+from polar_ray.config import ray_address
 from polar_ray.config.training import TrainConfig
 from polar_ray.corpus.inputs import examine, list_inputs
 from polar_ray.corpus.manifest import FOLDER, check_writable
 from polar_ray.corpus.storage import Location
 from polar_ray.corpus.units import read_sample
+from polar_ray.encoding.encode import RENDERED_SLACK_TOKENS
 from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.errors import ConfigError, OutputError, PolarRayError, TrainingError, unwrap
 from polar_ray.model.checkpoint import Checkpoint, weights_digest
 from polar_ray.model.locate import locate_model
 from polar_ray.model.rope import Rope
+from polar_ray.report.wording import number
 from polar_ray.training.board import Board
 from polar_ray.training.feed import PACKS, PackFeed, TrainTask
 from polar_ray.training.manifest import (
+    FILE,
     TrainingManifest,
     check_same_run,
     load_manifest,
     make_manifest,
     save_manifest,
 )
-from polar_ray.training.prepare import PreparedPairs, prepare_pairs
-from polar_ray.training.progress import Show, SilentTrainProgress, TrainProgress
+from polar_ray.training.packing import make_schedule
+from polar_ray.training.pairs import PairStore
+from polar_ray.training.prepare import SKIPPED_FILE, PreparedPairs, prepare_pairs
+from polar_ray.training.progress import SilentTrainProgress, TrainProgress
 from polar_ray.training.tracker import StepReport, TrainingTracker
 from polar_ray.training.worker import train_worker
 
@@ -52,6 +58,9 @@ OBJECT_STORE_BYTES = 512 << 20
 POLL_SECONDS = 0.25
 
 KEPT_CHECKPOINTS = 2
+
+MOST_STARTS_WITHOUT_ROOM = 30
+"""Each waits a minute for the nodes of a cluster that grows; then it will not."""
 
 KEEP_MEMORY = {
     "MALLOC_ARENA_MAX": "1",
@@ -131,71 +140,72 @@ def train(
     `TooManyFailures` before any worker starts, and `TrainingError` from a run that cannot go on.
     """
     started = time.time()
-    config, progress = config or TrainConfig(), progress or SilentTrainProgress()
+    config, progress = _absolute(config or TrainConfig()), progress or SilentTrainProgress()
     names = [str(given) for given in ([inputs] if isinstance(inputs, (str, Path)) else inputs)]
     place = Location(str(output)).absolute()
     with ExitStack() as cluster:
         manifest = _begin(place, names, config, progress, fresh=fresh)
         if (done := _finished(place)) is not None:
             return done
+        board = Board(place)
         with progress.stage("connecting to Ray"):
             cluster.enter_context(ray_cluster(OBJECT_STORE_BYTES))
-        resolved = _resolve(config, place)
+        config = _resolve(config)
         with progress.counted("encoding pairs", len(manifest.slices)) as on_file:
             pairs = prepare_pairs(place, manifest, on_file)
-        board = Board(place)
-        starts = _run(TrainTask(place, resolved, pairs.files), pairs, progress, board)
-    return _conclude(place, manifest, pairs, board, starts, started)
+        with progress.stage(_plan(pairs, config)):
+            task = TrainTask(place, config, pairs.files)
+        starts, reports = _run(task, progress, board)
+    return _conclude(place, manifest.model_copy(update={"config": config}), pairs, reports, starts, started)
 
 
 def _begin(
     output: Location, names: list[str], config: TrainConfig, progress: TrainProgress, *, fresh: bool
 ) -> TrainingManifest:
     """The run's manifest: the one that `output` has, if it is of this very run, else a new one, written."""
+    folder = locate_model(config.model, config.revision)
+    if output.is_local and Path(output.path).resolve() == folder.resolve():
+        raise OutputError(f"{output.url}: is the model to start from; choose another output")
     with progress.stage("checking the pairs"):
         files = list_inputs(names, besides=output)
         contents = examine(files, config.columns, SLICE_PAIRS, will_write=False)
         message_json = detect_message_json(read_sample(files, contents, config.columns), config.columns)
-    folder = locate_model(config.model, config.revision)
     tokenizer = PolarTokenizer(folder)
     _check_lengths(Checkpoint.open(folder), config)
     with progress.stage("reading the weights"):
         digest = weights_digest(folder)
     now = make_manifest(config, files, contents, message_json, digest, tokenizer.digest)
-    before = None if fresh else load_manifest(output)
-    if before is not None:
+    is_ours = output.join(FOLDER, FILE).exists()
+    if is_ours and not fresh and (before := load_manifest(output)) is not None:
         check_same_run(before, now, output)
-        return before
-    check_writable(output)
-    if fresh:
-        _discard(output)
-    elif output.join("config.json").exists():
+        return before.model_copy(update={"config": config})
+    if not is_ours and output.join("config.json").exists():
         raise OutputError(f"{output.url}: holds a checkpoint that no run of ours left there; choose another output")
+    check_writable(output)
+    if is_ours:
+        _discard(output)
     save_manifest(output, now)
     return now
 
 
 def _check_lengths(checkpoint: Checkpoint, config: TrainConfig) -> None:
     longest = Rope.of(checkpoint.config).longest_with_one_base
-    if longest is not None and config.limits.max_tokens > longest:
+    if longest is not None and config.limits.max_tokens + RENDERED_SLACK_TOKENS > longest:
         raise ConfigError(
-            f"limits.max_tokens = {config.limits.max_tokens}: beyond {longest} this model's rotary base depends on the "
-            "length, and training does not follow it there; set limits.max_tokens lower"
+            f"limits.max_tokens = {config.limits.max_tokens}: near and beyond {longest} this model's rotary base "
+            "depends on the length, and training does not follow it there; set limits.max_tokens lower"
         )
 
 
 def _discard(output: Location) -> None:
-    """Remove what a run leaves, and nothing else."""
-    output.join(FOLDER).delete()
+    """Remove what an earlier run left, and nothing else; its manifest last, by which the rest is known as its own."""
     for info in output.walk():
         name = info.base_name
-        if name.endswith(".safetensors") or name in (
-            "config.json",
-            "model.safetensors.index.json",
-            RECEIPT_FILE,
-            METRICS_FILE,
-        ):
+        is_weights = name.endswith(".safetensors") or name == "model.safetensors.index.json"
+        if info.path == output.join(name).path and (is_weights or name in ("config.json", RECEIPT_FILE, METRICS_FILE)):
             output.join(name).delete()
+    for name in ("pairs", "checkpoints", "tensorboard", SKIPPED_FILE, FILE):
+        output.join(FOLDER, name).delete()
 
 
 def _finished(output: Location) -> TrainSummary | None:
@@ -206,28 +216,45 @@ def _finished(output: Location) -> TrainSummary | None:
     return TrainSummary.model_validate(json.loads(place.read_bytes())["summary"])
 
 
-def _resolve(config: TrainConfig, output: Location) -> TrainConfig:
-    """Settings that mean the same on every worker, checked against the cluster."""
-    model = config.model
-    if Path(model).expanduser().is_dir():
-        model = str(Path(model).expanduser().resolve())
+def _absolute(config: TrainConfig) -> TrainConfig:
+    """Settings that mean the same in another process, whose working folder is another."""
+    folder = Path(config.model).expanduser()
+    return config.model_copy(update={"model": str(folder.resolve())}) if folder.is_dir() else config
+
+
+def _resolve(config: TrainConfig) -> TrainConfig:
+    """`auto` values replaced by what they mean on this cluster. Raises `ConfigError` for what can never start."""
     device = config.device if config.device != "auto" else ("cuda" if has_gpu() else "cpu")
     if device == "cpu" and config.precision == "float16":
         raise ConfigError("precision = 'float16': CPUs have no float16 matrix units; take bfloat16 or float32")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    has = [int(node.get("GPU" if device == "cuda" else "CPU", 0)) for node in nodes]
     threads = config.threads
     if device == "cpu" and threads is None:
-        most = max(int(node.get("CPU", 1)) for node in nodes)
-        here = -(-config.workers // len(nodes))
-        threads = max(1, most // here)
-    return config.model_copy(update={"model": model, "device": device, "threads": threads})
+        fitting = [size for size in range(1, max(has) + 1) if sum(n // size for n in has) >= config.workers]
+        threads = max(fitting, default=1)
+    places = sum(has) if device == "cuda" else sum(n // (threads or 1) for n in has)
+    if places < config.workers and ray_address() is None:
+        what = "GPUs" if device == "cuda" else f"places of {threads} CPUs"
+        raise ConfigError(f"workers = {config.workers}: this machine has {places} {what}; lower workers or threads")
+    return config.model_copy(update={"device": device, "threads": threads})
 
 
-def _run(task: TrainTask, pairs: PreparedPairs, progress: TrainProgress, board: Board) -> int:
-    """Train, with `fit` in a thread so that this one can watch and draw; gives how often workers were started."""
+def _plan(pairs: PreparedPairs, config: TrainConfig) -> str:
+    """What lies ahead, in one line."""
+    sizes = PairStore(pairs.files).sizes()
+    schedule = make_schedule(sizes, config)
+    steps, computed = schedule.n_steps, schedule.computed_tokens
+    return f"{number(len(sizes))} pairs, {number(steps)} steps, {number(computed)} tokens to compute"
+
+
+def _run(task: TrainTask, progress: TrainProgress, board: Board) -> tuple[int, list[StepReport]]:
+    """Train, with `fit` in a thread so that this one can watch and draw.
+
+    Gives how often workers were started, and every step as it was last taken.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    options = {"num_cpus": 0, "max_concurrency": 1, "scheduling_strategy": here}
-    tracker: Any = ray.remote(TrainingTracker).options(**options).remote()
+    tracker: Any = ray.remote(TrainingTracker).options(num_cpus=0, scheduling_strategy=here).remote()
     outcome: list[BaseException | None] = []
 
     def fit() -> None:
@@ -241,21 +268,22 @@ def _run(task: TrainTask, pairs: PreparedPairs, progress: TrainProgress, board: 
     thread.start()
     with progress.training() as show:
         while thread.is_alive():
-            _look(tracker, board, show)
+            reports, _, _, failure = ray.get(tracker.poll.remote(board.last_step))
+            if failure is not None:
+                raise failure
+            board.add(reports)
+            show(reports)
             thread.join(POLL_SECONDS)
-        starts, finished, failure = _look(tracker, board, show)
+        reports, starts, finished, failure = ray.get(tracker.poll.remote(0))
+        new = [report for report in reports if report.step > board.last_step]
+        board.add(new)
+        show(new)
+    board.close()
     if failure is not None:
         raise failure
     if outcome[0] is not None or not finished:
         raise _explain(outcome[0]) from None
-    return starts
-
-
-def _look(tracker: Any, board: Board, show: Show) -> tuple[int, bool, TrainingError | None]:
-    reports, starts, finished, failure = ray.get(tracker.poll.remote(board.last_step))
-    board.add(reports)
-    show(reports)
-    return starts, finished, failure
+    return starts, reports
 
 
 def _trainer(task: TrainTask, tracker: Any) -> TorchTrainer:
@@ -274,7 +302,9 @@ def _trainer(task: TrainTask, tracker: Any) -> TorchTrainer:
             name="run",
             storage_path=store.path,
             storage_filesystem=store.filesystem,
-            failure_config=FailureConfig(max_failures=config.max_failures),
+            failure_config=FailureConfig(
+                max_failures=config.max_failures, controller_failure_limit=MOST_STARTS_WITHOUT_ROOM
+            ),
             checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
             worker_runtime_env={} if on_gpu else {"env_vars": KEEP_MEMORY},
         ),
@@ -290,12 +320,17 @@ def _explain(error: BaseException | None) -> PolarRayError:
         known = unwrap(cause) if isinstance(cause, BaseException) else None
         if isinstance(known, PolarRayError):
             return known
-    lines = str(error).strip().splitlines() or ["workers were lost"]
+    lines = str(error or "").strip().splitlines() or ["its workers ended before their last step"]
     return TrainingError(f"training failed: {lines[-1]}. Run the same command again to go on from the last checkpoint")
 
 
 def _conclude(
-    output: Location, manifest: TrainingManifest, pairs: PreparedPairs, board: Board, starts: int, started: float
+    output: Location,
+    manifest: TrainingManifest,
+    pairs: PreparedPairs,
+    reports: list[StepReport],
+    starts: int,
+    started: float,
 ) -> TrainSummary:
     """Write what the run was and how it went, beside the weights."""
     config = manifest.config
@@ -310,7 +345,6 @@ def _conclude(
         inputs=[source.model_dump(include={"url", "size", "modified_ns"}) for source in manifest.sources],
         versions={name: version(name) for name in ("polar_ray", "torch", "transformers", "ray")},
     )
-    reports = board.reports
     summary = TrainSummary(
         pairs=pairs.usable,
         skipped={status: count for status, count in pairs.by_status.items() if status != "ok"},

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -113,8 +113,9 @@ class Learner:
         """Change the weights once, by the mean loss of a step's pairs, of which `packs` are this worker's share.
 
         `rate` is the share of the highest learning rate. Gives this worker's sums and the norm of the gradient before
-        it was clipped. Every worker must pass equally many packs. Raises `TrainingError` when loss or gradient is not
-        finite; the weights are then unchanged.
+        it was clipped. Every worker must pass equally many packs. Raises `TrainingError` when the gradient is not
+        finite; the weights are then unchanged. With float16 such a step is left out and the loss scaled down, until
+        there is nothing left to scale.
         """
         sums = StepSums()
         for number, pairs in enumerate(packs, 1):
@@ -134,6 +135,8 @@ class Learner:
         for optimizer in self._optimizers:
             self._scaler.step(optimizer)
         self._scaler.update()
+        if self._scaler.is_enabled() and self._scaler.get_scale() < 1:
+            raise TrainingError("float16 overflows whatever the loss is scaled by; set precision = bfloat16")
         self._zero()
         return sums, float(norm)
 
@@ -194,14 +197,12 @@ class Learner:
 
     @contextlib.contextmanager
     def _synchronising(self, is_last: bool) -> Iterator[None]:
-        """Gradients travel between workers once a step, with the last pack."""
+        """With DDP, gradients travel between workers once a step, with the last pack."""
         if isinstance(self._module, DistributedDataParallel) and not is_last:
             with self._module.no_sync():
                 yield
             return
-        if isinstance(self._module, FSDPModule):
-            self._module.set_requires_gradient_sync(is_last)
-        yield
+        yield  # FSDP adds up each pack's gradients where they belong: whole ones would take the memory it saves
 
     def _optimizer_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         names = {id(weight): name for name, weight in self._named.items()}

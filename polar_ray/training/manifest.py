@@ -23,8 +23,20 @@ from polar_ray.training.pairs import PairSlice
 
 FILE = "training.json"
 
-FREE_SETTINGS = frozenset({"workers", "threads", "device", "checkpoint_every_steps", "max_failures"})
-"""What may differ when a run goes on: none of it moves the trajectory by more than rounding."""
+FREE_SETTINGS = frozenset(
+    {
+        "model",
+        "revision",
+        "workers",
+        "threads",
+        "device",
+        "checkpoint_every_steps",
+        "max_failures",
+        "max_failed_fraction",
+    }
+)
+"""What may differ when a run goes on: none of it moves the trajectory by more than rounding. Which model it is, its
+digests say."""
 
 
 class Source(Settings):
@@ -57,7 +69,7 @@ class TrainingManifest(Settings):
     def slices(self) -> list[PairSlice]:
         """The parts of the input, each of which becomes one file of encoded pairs."""
         return [
-            PairSlice(source.url, _schema(source.arrow_schema), Slice(*part))
+            PairSlice(source.url, source.size, source.modified_ns, _schema(source.arrow_schema), Slice(*part))
             for source in self.sources
             for part in source.slices
         ]

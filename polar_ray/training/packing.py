@@ -17,6 +17,9 @@ from polar_ray.config.training import TrainConfig
 Ints = npt.NDArray[np.int64]
 
 
+NO_PAIRS: Ints = np.empty(0, dtype=np.int64)
+
+
 @dataclass(frozen=True)
 class PairSizes:
     """Columns over pairs: what packing needs to know of each.
@@ -63,10 +66,14 @@ class Schedule:
         return self.packs[step * self.packs_per_step : (step + 1) * self.packs_per_step]
 
     def of_worker(self, rank: int, workers: int) -> Iterator[tuple[int, Ints]]:
-        """(step, pack) of one worker's share, in order. In a last step that is not full it may get fewer, or none."""
+        """(step, pack) of one worker's share, in order.
+
+        Every worker gets equally many in a step; in a last one that is not full, some of them are empty.
+        """
         for step in range(self.n_steps):
-            for pack in self.packs_of_step(step)[rank::workers]:
-                yield step, pack
+            packs = self.packs_of_step(step)
+            for place in range(rank, -(-len(packs) // workers) * workers, workers):
+                yield step, packs[place] if place < len(packs) else NO_PAIRS
 
 
 def cost_alone(sizes: PairSizes, share_prefixes: bool) -> Ints:

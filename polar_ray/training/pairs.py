@@ -52,6 +52,8 @@ class PairSlice:
     """A part of the input that becomes one file of encoded pairs."""
 
     url: str
+    size: int
+    modified_ns: int
     schema: pa.Schema | None
     """Of a JSONL file's rows; None for Parquet."""
 
@@ -59,11 +61,17 @@ class PairSlice:
 
 
 def encode_slice(part: PairSlice, encoder: Encoder, config: TrainConfig, message_json: frozenset[str]) -> pa.Table:
-    """The encoded pairs of `part`, one row for each of its rows. Raises `InputError` if it cannot be read."""
+    """The encoded pairs of `part`, one for each of its rows. Raises `InputError` if it is gone or has changed."""
+    where = f"{part.url}, rows from {part.slice.start}"
     try:
+        info = Location(part.url).info()
+        if info.is_file and (info.size, info.mtime_ns or 0) != (part.size, part.modified_ns):
+            raise InputError(f"{where}: the file changed under the run")
         _, rows = read_slice(part.url, part.schema, part.slice, config.columns)
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{part.url}, rows from {part.slice.start}: cannot be read ({error})") from None
+        raise InputError(f"{where}: cannot be read ({error})") from None
+    if len(rows) != part.slice.rows:
+        raise InputError(f"{where}: {len(rows)} rows instead of {part.slice.rows}; the file changed under the run")
     pairs = parse_pairs(rows, message_json)
     encoded = iter(encoder.encode_pairs([pair for pair in pairs if isinstance(pair, PreferencePair)]))
     outcomes = [next(encoded) if isinstance(pair, PreferencePair) else pair for pair in pairs]
@@ -97,7 +105,7 @@ class PairStore:
     def __init__(self, files: Sequence[Location]) -> None:
         """Reads the small columns of every file. Raises `OutputError` where a file is gone or broken."""
         self._files = list(files)
-        usable = [_usable_rows(_open(file.url)) for file in self._files]
+        usable = [_usable_rows(open_pairs(file.url)) for file in self._files]
         self._file: Any = np.repeat(np.arange(len(usable), dtype=np.int32), [len(rows) for rows in usable])
         self._row: Any = np.concatenate([np.empty(0, dtype=np.int64), *usable])
 
@@ -108,7 +116,7 @@ class PairStore:
         """What packing needs to know, of all usable pairs."""
         columns: dict[str, list[Any]] = {name: [] for name in ("shared", "chosen", "rejected", "group", "ckey", "rkey")}
         for number, file in enumerate(self._files):
-            table, rows = _open(file.url), self._row[self._file == number]
+            table, rows = open_pairs(file.url), self._row[self._file == number]
             columns["shared"].append(table["shared_tokens"].to_numpy()[rows])
             columns["chosen"].append(_lengths(table["chosen"])[rows])
             columns["rejected"].append(_lengths(table["rejected"])[rows])
@@ -128,7 +136,7 @@ class PairStore:
         """Ids of the chosen and of the rejected sequences of the pairs at `places`."""
         chosen, rejected = [], []
         for place in places:
-            table, row = _open(self._files[self._file[place]].url), int(self._row[place])
+            table, row = open_pairs(self._files[self._file[place]].url), int(self._row[place])
             chosen.append(_ids(table["chosen"], row))
             rejected.append(_ids(table["rejected"], row))
         return chosen, rejected
@@ -197,7 +205,7 @@ def _key(ids: Ids) -> int:
 
 
 @lru_cache(OPEN_FILES)
-def _open(url: str) -> pa.Table:
+def open_pairs(url: str) -> pa.Table:
     """A file of encoded pairs: mapped from a local disk, read whole from elsewhere."""
     place = Location(url)
     try:

@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 import ray.data
 
 from polar_ray.corpus.manifest import FOLDER
 from polar_ray.corpus.storage import Location
 from polar_ray.encoding.encode import Encoder
 from polar_ray.encoding.tokenizer import PolarTokenizer
-from polar_ray.errors import OutputError, PolarRayError, TooManyFailures, unwrap
+from polar_ray.errors import CheckpointError, OutputError, PolarRayError, TooManyFailures, unwrap
 from polar_ray.model.locate import locate_model
 from polar_ray.training.manifest import TrainingManifest
-from polar_ray.training.pairs import count_statuses, encode_slice, write_pairs
+from polar_ray.training.pairs import count_statuses, encode_slice, open_pairs, write_pairs
 from polar_ray.triples import STATUS_OK
 
 SKIPPED_FILE = "skipped.jsonl"
@@ -60,31 +61,33 @@ def prepare_pairs(output: Location, manifest: TrainingManifest, on_file: Callabl
 
 
 class EncodeSlices:
-    """Encodes slices by number. One tokenizer for each process, loaded with the first slice."""
+    """Encodes slices by number, in a process with a tokenizer of its own."""
 
     def __init__(self, output: Location, manifest: TrainingManifest) -> None:
-        self._output, self._manifest = output, manifest
-        self._encoder: Encoder | None = None
+        self._output, self._manifest, self._slices = output, manifest, manifest.slices
+        config = manifest.config
+        tokenizer = PolarTokenizer(locate_model(config.model, config.revision))
+        if tokenizer.digest != manifest.tokenizer:
+            raise CheckpointError(f"{config.model}: this node has another tokenizer under that name")
+        self._encoder = Encoder(tokenizer, config.limits, newline_before_empty=config.newline_before_empty)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         manifest = self._manifest
-        config = manifest.config
-        if self._encoder is None:
-            tokenizer = PolarTokenizer(locate_model(config.model, config.revision))
-            self._encoder = Encoder(tokenizer, config.limits, newline_before_empty=config.newline_before_empty)
         for index in batch["slice"].tolist():
-            part = manifest.slices[index]
-            table = encode_slice(part, self._encoder, config, frozenset(manifest.message_json))
+            part, message_json = self._slices[index], frozenset(manifest.message_json)
+            table = encode_slice(part, self._encoder, manifest.config, message_json)
             write_pairs(manifest.pair_file(self._output, index), table)
         return batch
 
 
 def _encode(output: Location, manifest: TrainingManifest, todo: list[int], on_file: Callable[[], None]) -> None:
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
     slices = ray.data.from_items([{"slice": index} for index in todo], override_num_blocks=len(todo))
-    done = slices.map_batches(EncodeSlices(output, manifest).__call__, batch_size=1)
+    processes = max(1, min(len(todo), int(ray.cluster_resources().get("CPU", 1))))
+    done = slices.map_batches(
+        EncodeSlices, fn_constructor_args=(output, manifest), batch_size=1, num_cpus=1, concurrency=processes
+    )
+    done.context.enable_progress_bars = False
+    done.context.print_on_execution_start = False
     try:
         for _ in done.iter_batches(batch_size=1, prefetch_batches=0):
             on_file()
@@ -100,8 +103,7 @@ def _take_stock(output: Location, manifest: TrainingManifest, files: tuple[Locat
     cut = 0
     skipped: list[pa.Table] = []
     for file, part in zip(files, manifest.slices, strict=True):
-        with file.filesystem.open_input_file(file.path) as stream:
-            table = pa.ipc.open_file(stream).read_all().select(["row", "status", "detail", "cut_tokens"])
+        table = open_pairs(file.url).select(["row", "status", "detail", "cut_tokens"])
         counts.update(count_statuses(table))
         cut += int((table["cut_tokens"].to_numpy() > 0).sum())
         bad = table.filter(np.array(table["status"].to_pylist(), dtype=object) != STATUS_OK)
@@ -109,7 +111,10 @@ def _take_stock(output: Location, manifest: TrainingManifest, files: tuple[Locat
             skipped.append(bad.drop_columns("cut_tokens").append_column("file", pa.array([part.url] * bad.num_rows)))
     found = PreparedPairs(files, dict(counts), cut)
     place = output.join(FOLDER, SKIPPED_FILE)
-    place.write_atomically(_json_lines(pa.concat_tables(skipped)) if skipped else b"")
+    try:
+        place.write_atomically(_json_lines(pa.concat_tables(skipped)) if skipped else b"")
+    except (OSError, pa.ArrowException) as error:
+        raise OutputError(f"{place.url}: cannot be written ({error})") from None
     most = manifest.config.max_failed_fraction * sum(counts.values())
     if found.skipped > most or not found.usable:
         causes = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()) if status != STATUS_OK)

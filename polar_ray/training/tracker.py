@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
-from polar_ray.errors import TrainingError
+from polar_ray.errors import PolarRayError
 
 
 class StepReport(BaseModel):
@@ -24,14 +24,16 @@ class StepReport(BaseModel):
 
     chosen_reward: float
     rejected_reward: float
-    gradient_norm: float
-    """Before it was clipped."""
+    gradient_norm: float | None
+    """Before it was clipped; None where float16 overflowed and the step was left out."""
 
     learning_rate: float
     tokens: int
     """Of all sequences, each computed whole."""
 
     computed_tokens: int
+    seconds: float
+    """Of the first worker, from its packs to the step's end."""
 
 
 class TrainingTracker:
@@ -41,7 +43,7 @@ class TrainingTracker:
         self._reports: dict[int, StepReport] = {}
         self._starts = 0
         self._finished = False
-        self._error: TrainingError | None = None
+        self._error: PolarRayError | None = None
 
     def started(self, history: list[StepReport]) -> None:
         """The workers are up; `history` are the steps that led to the checkpoint they go on from."""
@@ -56,11 +58,11 @@ class TrainingTracker:
         """The trained weights are written."""
         self._finished = True
 
-    def fail(self, error: TrainingError) -> None:
-        """All workers stop, and none is to be replaced."""
+    def fail(self, error: PolarRayError) -> None:
+        """The run is over: another try would end alike."""
         self._error = self._error or error
 
-    def poll(self, after: int) -> tuple[list[StepReport], int, bool, TrainingError | None]:
+    def poll(self, after: int) -> tuple[list[StepReport], int, bool, PolarRayError | None]:
         """Reports of the steps beyond `after`; how often workers were started; whether they are done, and how."""
         news = [report for step, report in sorted(self._reports.items()) if step > after]
         return news, self._starts, self._finished, self._error

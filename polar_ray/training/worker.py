@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from ray.train import Checkpoint
 from safetensors.torch import load_file, save_file
 
 from polar_ray.config.training import TrainConfig
-from polar_ray.errors import TrainingError
+from polar_ray.errors import CheckpointError, ConfigError, TrainingError
 from polar_ray.model.locate import locate_model
 from polar_ray.model.polar import load_polar
 from polar_ray.training.adapters import add_adapters
@@ -38,11 +40,12 @@ BLOCK_PACKS = 16
 
 
 def train_worker(task: TrainTask, tracker: Any) -> None:
-    """Run on every worker by Ray Train. A failure that all workers share is told to the tracker and not retried."""
+    """Run on every worker by Ray Train. What another try would not mend is told to the tracker."""
     try:
         _train(task, tracker)
-    except TrainingError as error:
+    except (CheckpointError, ConfigError, TrainingError) as error:
         ray.get(tracker.fail.remote(error))
+        raise
 
 
 def _train(task: TrainTask, tracker: Any) -> None:
@@ -64,16 +67,19 @@ def _train(task: TrainTask, tracker: Any) -> None:
     for step, rows in itertools.groupby(_rows(), key=lambda row: int(row["step"])):
         if step < first_step:
             continue
-        taken = list(rows)
+        started, taken = time.perf_counter(), list(rows)
         packs = [_pack(row, learner, model.checkpoint_config.reward_token_id, config) for row in taken]
         n_steps = int(taken[0]["n_steps"])
         rate = rate_at(step, n_steps, config.optimizer)
         sums, norm = learner.step(packs, int(taken[0]["pairs_in_step"]), rate)
         total = sums.over_all_workers(device)
-        history.append(_report(step, n_steps, total, norm, rate * config.optimizer.learning_rate))
+        if not math.isfinite(total.loss):
+            raise TrainingError(f"step {step + 1}: the loss is {total.loss}; lower optimizer.learning_rate")
+        seconds = time.perf_counter() - started
+        history.append(_report(step, n_steps, total, norm, rate * config.optimizer.learning_rate, seconds))
         if context.get_world_rank() == 0:
             tracker.step.remote(history[-1])
-        if (step + 1) % config.checkpoint_every_steps == 0 and step + 1 < n_steps:
+        if (step + 1) % config.checkpoint_every_steps == 0 or step + 1 == n_steps:
             _save(learner, config, history)
     weights = gather_weights(learner.model, DTYPES[config.save_dtype])
     if context.get_world_rank() == 0:
@@ -104,7 +110,7 @@ def _pack(row: dict[str, Any], learner: Learner, score_id: int, config: TrainCon
     )
 
 
-def _report(step: int, n_steps: int, sums: StepSums, norm: float, rate: float) -> StepReport:
+def _report(step: int, n_steps: int, sums: StepSums, norm: float, rate: float, seconds: float) -> StepReport:
     pairs = max(sums.pairs, 1)
     return StepReport(
         step=step + 1,
@@ -115,10 +121,11 @@ def _report(step: int, n_steps: int, sums: StepSums, norm: float, rate: float) -
         margin=sums.margin / pairs,
         chosen_reward=sums.chosen / pairs,
         rejected_reward=sums.rejected / pairs,
-        gradient_norm=norm,
+        gradient_norm=norm if math.isfinite(norm) else None,
         learning_rate=rate,
         tokens=int(sums.tokens),
         computed_tokens=int(sums.computed_tokens),
+        seconds=seconds,
     )
 
 

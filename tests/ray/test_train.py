@@ -15,7 +15,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from polar_ray.config import EngineConfig, TrainConfig
-from polar_ray.errors import ManifestConflict, OutputError, TooManyFailures, TrainingError
+from polar_ray.errors import ConfigError, ManifestConflict, OutputError, TooManyFailures, TrainingError
 from polar_ray.model.locate import EMBEDDED_FOLDER
 from polar_ray.scoring import Scorer
 from polar_ray.training.job import train
@@ -116,13 +116,17 @@ def test_the_result_is_a_checkpoint_with_a_receipt(trained, base):
     receipt = json.loads((output / "receipt.json").read_text())
     assert receipt["weights_digest"] == summary.weights_digest != receipt["base_weights_digest"]
     assert receipt["config"]["optimizer"]["learning_rate"] == 1e-3
-    triple = Triple("How many pears are 3 and 4?", "7 pears.", "There are 7.")
-    rewards = []
+    triples = [
+        Triple(pair["prompt"], pair["reference"], pair[name])
+        for pair in make_pairs(40)
+        for name in ("chosen", "rejected")
+    ]
+    accuracies = []
     for folder in (base, output):
         with Scorer.open(str(folder), engine=EngineConfig(device="cpu")) as scorer:
-            rewards.append(scorer.score([triple])[0].reward)
-    assert None not in rewards
-    assert rewards[0] != rewards[1]
+            rewards = [row.reward for row in scorer.score(triples)]
+        accuracies.append(sum(c > r for c, r in zip(rewards[::2], rewards[1::2], strict=True)) / 80)
+    assert accuracies[1] > max(0.7, accuracies[0] + 0.1)
     config = json.loads((output / "config.json").read_text())
     assert config["torch_dtype"] == "bfloat16"
 
@@ -135,8 +139,10 @@ def test_a_second_start_does_nothing_and_other_settings_are_refused(trained, bas
     assert (output / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(ManifestConflict, match=r"config\.optimizer\.learning_rate: was 0\.001, is 0\.01"):
         train(pairs, output, TrainConfig(model=str(base), **{**SETTINGS, "optimizer": {"learning_rate": 0.01}}))
-    with pytest.raises(OutputError, match="holds a checkpoint"):
-        train(pairs, base, config)
+    for fresh in (False, True):
+        with pytest.raises(OutputError, match="is the model to start from"):
+            train(pairs, base, config, fresh=fresh)
+    assert (base / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -144,6 +150,23 @@ def test_two_workers_follow_the_trajectory_of_one(trained, base, pairs, tmp_path
     config = TrainConfig(model=str(base), workers=2, parallel=parallel, **SETTINGS)
     train(pairs, tmp_path / "out", config)
     assert_same_trajectory(steps_of(tmp_path / "out"), steps_of(trained[0]))
+
+
+def test_more_workers_than_fit_are_refused(cluster, base, pairs, tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError, match=r"workers = 16: this machine has \d+ places of 1 CPUs"):
+        train(pairs, tmp_path / "out", TrainConfig(model=str(base), workers=16, **{**SETTINGS, "packs_per_step": 16}))
+
+
+def test_a_run_starts_over_when_asked_and_takes_only_what_was_its_own(trained, cluster, base, pairs, tmp_path):
+    output = tmp_path / "out"
+    settings = {**SETTINGS, "max_steps": 1}
+    first = train(pairs, output, TrainConfig(model=str(base), **settings))
+    (output / "notes.txt").write_text("kept")
+    second = train(pairs, output, TrainConfig(model=str(base), **settings, seed=1), fresh=True)
+    assert (first.steps, second.steps) == (1, 1)
+    assert first.weights_digest != second.weights_digest
+    assert (output / "notes.txt").read_text() == "kept"
 
 
 def test_too_many_bad_pairs_stop_a_run_before_it_starts(cluster, base, tmp_path):

@@ -51,7 +51,7 @@ def test_a_folder_with_another_checkpoint_is_left_alone(run, tmp_path):
 def test_lengths_beyond_the_rotary_base_are_refused(run, tmp_path):
     code, err = run("--output", tmp_path / "out", "--set", "limits.max_tokens=40000")
     assert code == 2
-    assert "limits.max_tokens = 40000: beyond 32768" in err
+    assert "limits.max_tokens = 40000: near and beyond 32768" in err
 
 
 def test_a_model_that_is_nowhere_is_named(run, tmp_path):

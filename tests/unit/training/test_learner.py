@@ -57,6 +57,15 @@ def weights_of(learner: Learner) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in learner.model.named_parameters()}
 
 
+def assert_same_steps(one, other, before) -> None:
+    """AdamW divides by the gradients' size: what rounds near nothing may go the other way, and little else."""
+    for name, start in before.items():
+        moved = (one[name] - start).abs() > 5e-4
+        off = (one[name] - other[name]).abs() > 1e-4
+        assert off.float().mean() < 0.02 + 0.5 * (not moved.any()), name
+        assert not moved.any() or off.float().mean() < 0.1 * moved.float().mean(), name
+
+
 def largest_difference(one, other) -> float:
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
@@ -67,16 +76,16 @@ FAST = {"optimizer": {"learning_rate": 1e-3}}
 def test_accumulated_packs_make_the_step_of_one_large_pack(folder):
     pairs = make_pairs(8)
     whole, parts, alone = (make_learner(folder, **FAST) for _ in range(3))
+    before = weights_of(whole)
     for _ in range(2):
         sums, norm = whole.step(packs_of(pairs, 8), 8, 1.0)
-        sums_of_parts, norm_of_parts = parts.step(packs_of(pairs, 3), 8, 1.0)
-        alone.step(packs_of(pairs, 2, share_prefixes=False), 8, 1.0)
-    assert sums_of_parts.loss == pytest.approx(sums.loss, rel=1e-4)
-    assert norm_of_parts == pytest.approx(norm, rel=1e-3)
-    assert sums.computed_tokens < sums.tokens
-    # AdamW divides by the gradients' size, so that what rounds near nothing can differ by a step.
-    assert largest_difference(weights_of(whole), weights_of(parts)) < 2e-3
-    assert largest_difference(weights_of(whole), weights_of(alone)) < 2e-3
+        for learner, packs in ((parts, packs_of(pairs, 3)), (alone, packs_of(pairs, 2, share_prefixes=False))):
+            found, found_norm = learner.step(packs, 8, 1.0)
+            assert found.loss == pytest.approx(sums.loss, rel=1e-3)
+            assert found_norm == pytest.approx(norm, rel=1e-2)
+    assert sums.computed_tokens < sums.tokens == found.tokens == found.computed_tokens
+    assert_same_steps(weights_of(whole), weights_of(parts), before)
+    assert_same_steps(weights_of(whole), weights_of(alone), before)
 
 
 def test_it_learns(folder):
@@ -169,6 +178,7 @@ def test_targets_that_the_model_has_not_are_refused(folder):
 
 def test_workers_together_make_the_steps_of_one(folder):
     learner = make_learner(folder, **FAST)
+    before = weights_of(learner)
     alone = [learner.step(packs_of(make_pairs(8, seed=step), 2), 8, 1.0) for step in range(3)]
     expected = [(sums.loss, norm) for sums, norm in alone]
     for parallel in ("ddp", "fsdp"):
@@ -176,4 +186,4 @@ def test_workers_together_make_the_steps_of_one(folder):
         for steps, weights in results:
             assert [loss for loss, _ in steps] == pytest.approx([loss for loss, _ in expected], rel=1e-3)
             assert [norm for _, norm in steps] == pytest.approx([norm for _, norm in expected], rel=1e-3)
-            assert largest_difference(weights_of(learner), weights) < 2e-3
+            assert_same_steps(weights_of(learner), weights, before)

@@ -36,6 +36,11 @@ def rows_with_every_problem() -> list[dict[str, object]]:
     ]
 
 
+def part_of(file, part, schema=None) -> PairSlice:
+    (found,) = list_inputs([str(file)])
+    return PairSlice(found.url, found.size, found.modified_ns, schema, part)
+
+
 @pytest.fixture
 def encoded(tmp_path, small_tokenizer):
     """The rows as JSON Lines, encoded, and the folder they came from."""
@@ -44,7 +49,7 @@ def encoded(tmp_path, small_tokenizer):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows_with_every_problem()))
     (contents,) = examine(list_inputs([str(file)]), config.columns, 100, will_write=False)
     encoder = Encoder(small_tokenizer, config.limits)
-    return encode_slice(PairSlice(str(file), contents.schema, contents.slices[0]), encoder, config, frozenset())
+    return encode_slice(part_of(file, contents.slices[0], contents.schema), encoder, config, frozenset())
 
 
 def test_every_row_has_its_place_and_says_what_is_wrong_with_it(encoded):
@@ -98,7 +103,7 @@ def test_parquet_reads_like_json_lines(encoded, tmp_path, small_tokenizer):
         for row in rows_with_every_problem()
     ]
     pq.write_table(pa.Table.from_pylist([{"wrapper": None, **row} for row in rows]), tmp_path / "pairs.parquet")
-    part = PairSlice(str(tmp_path / "pairs.parquet"), None, Slice(0, 8))
+    part = part_of(tmp_path / "pairs.parquet", Slice(0, 8))
     config = TrainConfig(max_packed_tokens=400)
     assert encode_slice(part, Encoder(small_tokenizer, config.limits), config, frozenset()).equals(encoded)
 
@@ -108,7 +113,7 @@ def test_a_pair_that_is_too_long_for_the_limits_is_cut_and_counted(small_tokeniz
         pa.Table.from_pylist([{**GOOD, "rejected": "Shanghai or Nanjing. " * 40}]), tmp_path / "pairs.parquet"
     )
     config = TrainConfig(limits=LimitsConfig(max_response_tokens=50))
-    part = PairSlice(str(tmp_path / "pairs.parquet"), None, Slice(0, 1))
+    part = part_of(tmp_path / "pairs.parquet", Slice(0, 1))
     table = encode_slice(part, Encoder(small_tokenizer, config.limits), config, frozenset())
     assert table["status"].to_pylist() == ["ok"]
     assert table["cut_tokens"].to_pylist()[0] > 50
@@ -141,7 +146,15 @@ def test_columns_that_are_not_there_are_named_before_anything_starts(tmp_path):
     assert examine(files, PairColumnsConfig(chosen="better"), 100, will_write=False)
 
 
-def test_an_input_that_vanished_is_named(tmp_path, small_tokenizer):
-    part = PairSlice(str(tmp_path / "gone.parquet"), None, Slice(0, 1))
-    with pytest.raises(InputError, match=r"gone\.parquet, rows from 0: cannot be read"):
-        encode_slice(part, Encoder(small_tokenizer, LimitsConfig()), TrainConfig(), frozenset())
+def test_an_input_that_vanished_or_changed_under_the_run_is_named(tmp_path, small_tokenizer):
+    file = tmp_path / "pairs.parquet"
+    pq.write_table(pa.Table.from_pylist([GOOD, GOOD]), file)
+    part, encoder = part_of(file, Slice(0, 2)), Encoder(small_tokenizer, LimitsConfig())
+    pq.write_table(pa.Table.from_pylist([GOOD]), file)
+    with pytest.raises(InputError, match=r"pairs\.parquet, rows from 0: the file changed under the run"):
+        encode_slice(part, encoder, TrainConfig(), frozenset())
+    with pytest.raises(InputError, match=r"1 rows instead of 2"):
+        encode_slice(part_of(file, Slice(0, 2)), encoder, TrainConfig(), frozenset())
+    file.unlink()
+    with pytest.raises(InputError, match=r"pairs\.parquet, rows from 0: cannot be read"):
+        encode_slice(part, encoder, TrainConfig(), frozenset())
