@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from polar_ray.cli.options import Address, Assignments, ConfigFile, Dtype, Engine, Model, PromptColumn, ReferenceColumn
 from polar_ray.config import EvaluateConfig, load_config
 
 if TYPE_CHECKING:
@@ -23,9 +23,7 @@ def evaluate(
         list[str],
         typer.Argument(help="Pairs, or triples with labels. Parquet or JSONL: files, folders, globs, URLs."),
     ],
-    model: Annotated[
-        str | None, typer.Option(help="Checkpoint folder or hub name. Left out: the small one that ships here.")
-    ] = None,
+    model: Model = None,
     by: Annotated[
         list[str] | None, typer.Option(help="Column; its values get figures of their own. Repeatable.")
     ] = None,
@@ -33,14 +31,12 @@ def evaluate(
         str | None,
         typer.Option("--output", "-o", help="Folder or URL for evaluation.json, report.html and rewards.parquet."),
     ] = None,
-    engine: Annotated[
-        str | None, typer.Option(help="torch, serve for a running endpoint, or fake for a dry run.")
-    ] = None,
-    address: Annotated[str | None, typer.Option(help="Of the endpoint, for --engine serve: host:port or URL.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    engine: Engine = None,
+    address: Address = None,
+    dtype: Dtype = None,
     layout: Annotated[str | None, typer.Option(help="pairs or triples. Left out: what the columns look like.")] = None,
-    prompt_column: Annotated[str | None, typer.Option(help="Column that holds the prompt.")] = None,
-    reference_column: Annotated[str | None, typer.Option(help="Column that holds the reference.")] = None,
+    prompt_column: PromptColumn = None,
+    reference_column: ReferenceColumn = None,
     chosen_column: Annotated[str | None, typer.Option(help="Of pairs: the better output, or a list of them.")] = None,
     rejected_column: Annotated[str | None, typer.Option(help="Of pairs: the worse output, or a list of them.")] = None,
     output_column: Annotated[str | None, typer.Option(help="Of triples: the output.")] = None,
@@ -50,10 +46,8 @@ def evaluate(
     group_column: Annotated[
         str | None, typer.Option(help="What belongs together. Left out: the same prompt (triples: and reference).")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file of settings; flags win over it.")] = None,
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", help="Any setting, as section.key=value. Repeatable.")
-    ] = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
 ) -> None:
     """Say how often a model gives the better output the higher reward.

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from polar_ray.cli.options import Assignments, Model
 from polar_ray.config import ScoreConfig, load_config
 from polar_ray.encoding.encode import EncodedTriple, Encoder
 from polar_ray.encoding.tokenizer import PolarTokenizer
@@ -21,14 +22,10 @@ from polar_ray.triples import Scored, Triple
 
 def inspect(
     row: Annotated[str, typer.Argument(help="A JSON file with one triple, or PARQUET#ROW (rows count from 0).")],
-    model: Annotated[
-        str | None, typer.Option(help="Checkpoint folder or hub name. Left out: the small one that ships here.")
-    ] = None,
+    model: Model = None,
     reward: Annotated[bool, typer.Option("--reward", help="Also load the weights and compute the reward.")] = False,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", help="Any setting, as section.key=value. Repeatable.")
-    ] = None,
+    assignments: Assignments = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show why a triple gets the number it gets.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from polar_ray.cli.options import Address, Assignments, ConfigFile, Dtype, Engine, Model, PromptColumn, ReferenceColumn
 from polar_ray.config import ScoreConfig, load_config
 
 UNTRAINED = (
@@ -25,23 +25,17 @@ FAKE = "The fake engine looks at no weights: its rewards are hashes of the token
 def score(
     inputs: Annotated[list[str], typer.Argument(help="Parquet or JSONL: files, folders, globs, s3:// and other URLs.")],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder or URL for the scored Parquet files.")],
-    model: Annotated[
-        str | None, typer.Option(help="Checkpoint folder or hub name. Left out: the small one that ships here.")
-    ] = None,
-    engine: Annotated[
-        str | None, typer.Option(help="torch, serve for a running endpoint, or fake for a dry run.")
-    ] = None,
-    address: Annotated[str | None, typer.Option(help="Of the endpoint, for --engine serve: host:port or URL.")] = None,
+    model: Model = None,
+    engine: Engine = None,
+    address: Address = None,
     actors: Annotated[str | None, typer.Option(help="Engines in parallel: N, or MIN:MAX to grow.")] = None,
     tensor_parallel_size: Annotated[int | None, typer.Option(help="GPUs of one engine.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
-    prompt_column: Annotated[str | None, typer.Option(help="Column that holds the prompt.")] = None,
-    reference_column: Annotated[str | None, typer.Option(help="Column that holds the reference.")] = None,
+    dtype: Dtype = None,
+    prompt_column: PromptColumn = None,
+    reference_column: ReferenceColumn = None,
     output_column: Annotated[str | None, typer.Option(help="Column that holds the output to score.")] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file of settings; flags win over it.")] = None,
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", help="Any setting, as section.key=value. Repeatable.")
-    ] = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard what an earlier job left in --output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
 ) -> None:

@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from polar_ray.cli.options import Assignments, ConfigFile, Dtype, Model
 from polar_ray.config import ServeConfig, load_config, ray_address
 from polar_ray.errors import ConfigError, EngineStartError
 from polar_ray.serving.auth import Gate
@@ -41,20 +42,16 @@ UNTRAINED = "The weights of this checkpoint are untrained: its rewards are rando
 
 
 def serve(
-    model: Annotated[
-        str | None, typer.Option(help="Checkpoint folder or hub name. Left out: the small one that ships here.")
-    ] = None,
+    model: Model = None,
     replicas: Annotated[str | None, typer.Option(help="Engines: N, or MIN:MAX to follow the queue.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on. Left out: this machine only.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on. Left out: 8000.")] = None,
     engine: Annotated[str | None, typer.Option(help="torch, or fake for a dry run.")] = None,
     tensor_parallel_size: Annotated[int | None, typer.Option(help="GPUs of one replica.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    dtype: Dtype = None,
     tokens_file: Annotated[Path | None, typer.Option(help="File of bearer tokens, one a line.")] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file of settings; flags win over it.")] = None,
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", help="Any setting, as section.key=value. Repeatable.")
-    ] = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
 ) -> None:
     """Serve rewards over HTTP, for trainers and people.
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from polar_ray.cli.options import Assignments, ConfigFile, PromptColumn, ReferenceColumn
 from polar_ray.config import TrainConfig, load_config
 
 if TYPE_CHECKING:
@@ -35,14 +35,12 @@ def train(
     ] = None,
     precision: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     lora_rank: Annotated[int | None, typer.Option(help="Train adapters of this rank; 0: all weights.")] = None,
-    prompt_column: Annotated[str | None, typer.Option(help="Column that holds the prompt.")] = None,
-    reference_column: Annotated[str | None, typer.Option(help="Column that holds the reference.")] = None,
+    prompt_column: PromptColumn = None,
+    reference_column: ReferenceColumn = None,
     chosen_column: Annotated[str | None, typer.Option(help="Column that holds the better output.")] = None,
     rejected_column: Annotated[str | None, typer.Option(help="Column that holds the worse output.")] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file of settings; flags win over it.")] = None,
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", help="Any setting, as section.key=value. Repeatable.")
-    ] = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard what an earlier run left in --output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
 ) -> None:

@@ -1,0 +1,19 @@
+"""Options that several verbs have, each said once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str | None, typer.Option(help="Checkpoint folder or hub name. Left out: the small one that ships here.")
+]
+Engine = Annotated[str | None, typer.Option(help="torch, serve for a running endpoint, or fake for a dry run.")]
+Address = Annotated[str | None, typer.Option(help="Of the endpoint, for --engine serve: host:port or URL.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
+PromptColumn = Annotated[str | None, typer.Option(help="Column that holds the prompt.")]
+ReferenceColumn = Annotated[str | None, typer.Option(help="Column that holds the reference.")]
+ConfigFile = Annotated[Path | None, typer.Option(help="TOML file of settings; flags win over it.")]
+Assignments = Annotated[list[str] | None, typer.Option("--set", help="Any setting, as section.key=value. Repeatable.")]
