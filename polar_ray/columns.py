@@ -51,18 +51,23 @@ def check_schema(schema: pa.Schema, columns: FieldColumns, source: str, *, any_t
                 column=column,
             )
     for field, column in columns.fields.items():
-        if column not in schema.names:
-            raise SchemaError(
-                f"{source}: no column {column!r} for the {field}; it has {', '.join(schema.names)}. "
-                f"Name the right one with --{field}-column",
-                column=column,
-            )
+        require_column(schema.names, column, field, source)
         kind = schema.field(column).type
         if not any_type and not holds_text(kind):
             raise SchemaError(
                 f"{source}: column {column!r} is {kind}; the {field} must be strings or lists of messages",
                 column=column,
             )
+
+
+def require_column(names: Sequence[str], column: str, field: str, source: str) -> None:
+    """Raise `SchemaError`, with the option that names another, unless `column` is among a source's `names`."""
+    if column not in names:
+        raise SchemaError(
+            f"{source}: no column {column!r} for the {field}; it has {', '.join(names) or 'none'}. "
+            f"Name the right one with --{field}-column",
+            column=column,
+        )
 
 
 def check_room(schema: pa.Schema, columns: ColumnsConfig, source: str) -> None:

@@ -184,14 +184,11 @@ def _read(scored: str, columns: ColumnsConfig, rank_column: str | None) -> Itera
 
 
 def _columns_to_read(schema: pa.Schema, columns: ColumnsConfig, rank_column: str | None, source: str) -> list[str]:
+    from polar_ray.columns import require_column
+
     needed = {**columns.fields, "reward": columns.reward, **({"rank": rank_column} if rank_column else {})}
     for what, column in needed.items():
-        if column not in schema.names:
-            raise SchemaError(
-                f"{source}: no column {column!r} for the {what}; it has {', '.join(schema.names)}. "
-                f"Name the right one with --{what}-column",
-                column=column,
-            )
+        require_column(schema.names, column, what, source)
     optional = [name for name in (columns.written[1], PERSON_COLUMN) if name in schema.names]
     for column in (columns.reward, rank_column or PERSON_COLUMN):
         if column in schema.names and not _is_number(schema.field(column).type):

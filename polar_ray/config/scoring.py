@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from polar_ray.config.base import EMBEDDED_MODEL, CutSide, Device, Dtype, RopeBase, Settings, check_range, parse_range
+from polar_ray.config.columns import RowColumnsConfig
 
 
 class LimitsConfig(Settings):
@@ -81,27 +82,14 @@ class EngineConfig(Settings):
         return self.tensor_parallel_size if self.device == "cuda" and self.kind != "serve" else 0
 
 
-class ColumnsConfig(Settings):
+class ColumnsConfig(RowColumnsConfig):
     """Which input columns are the fields of a triple, and what the output columns are called."""
-
-    prompt: str = "prompt"
-    """Column of the prompt: strings, or conversations as lists of role and content."""
-
-    reference: str = "reference"
-    """Column of the reference."""
 
     output: str = "output"
     """Column of the output to score."""
 
-    wrapper: str = "wrapper"
-    """Column of the wrapper (`sft` or `pretrain`). Need not exist: then every row is `sft`."""
-
     reward: str = "reward"
     """Column of the reward; `_status`, `_detail`, `_tokens` and `_cut_tokens` are appended for the other four."""
-
-    message_json: Literal["auto", "always", "never"] = "auto"
-    """Whether strings are JSON text of message lists. `auto` looks at each column's first rows, once for the whole
-    job, and takes a column as JSON only if every one of them is such a list."""
 
     @property
     def fields(self) -> dict[str, str]:
@@ -113,13 +101,10 @@ class ColumnsConfig(Settings):
         """The columns a job adds, in order."""
         return (self.reward, *(f"{self.reward}_{part}" for part in ("status", "detail", "tokens", "cut_tokens")))
 
-    @model_validator(mode="after")
-    def _names_differ(self) -> Self:
-        names = [self.prompt, self.reference, self.output, self.wrapper, *self.written]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"column {twice[0]!r} is named for two things; every column has one meaning")
-        return self
+    @property
+    def columns(self) -> list[str]:
+        """As elsewhere, and the columns that a job adds."""
+        return [*super().columns, *self.written[1:]]
 
 
 class ScoreConfig(Settings):

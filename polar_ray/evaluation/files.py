@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from polar_ray.columns import holds_text, read_column
+from polar_ray.columns import holds_text, read_column, require_column
 from polar_ray.config import EvaluateColumnsConfig, EvaluateConfig, Layout
 from polar_ray.corpus import jsonl
 from polar_ray.corpus.inputs import InputFile
@@ -36,7 +36,7 @@ class InputColumns:
 
 def wanted_columns(columns: EvaluateColumnsConfig, by: Sequence[str]) -> list[str]:
     """Every column that may be of use, each once."""
-    return list(dict.fromkeys([*(value for name, value in columns if name != "message_json"), *by]))
+    return list(dict.fromkeys([*columns.columns, *by]))
 
 
 def read_file(file: InputFile, wanted: Sequence[str]) -> InputColumns:
@@ -109,12 +109,7 @@ def check_columns(file: InputColumns, layout: Layout, config: EvaluateConfig) ->
         )
     fields = columns.fields if layout == "pairs" else {**columns.triple_fields, "label": columns.label}
     for name, column in fields.items():
-        if column not in file.names:
-            raise SchemaError(
-                f"{file.url}: no column {column!r} for the {name}; it has {_listed(file.names)}. "
-                f"Name the right one with --{name}-column",
-                column=column,
-            )
+        require_column(file.names, column, name, file.url)
         if column in file.kinds:
             _check_type(file.url, name, column, file.kinds[column])
     for column in config.by:
