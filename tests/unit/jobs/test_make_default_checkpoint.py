@@ -5,6 +5,7 @@ from pathlib import Path
 import make_default_checkpoint as job
 import pytest
 import torch
+from initial_weights import OFFSETS
 
 from polar_ray.model.architecture import split_wqkv, tensor_shapes
 from polar_ray.model.checkpoint import Checkpoint
@@ -61,7 +62,7 @@ def test_the_first_heads_look_back_and_the_others_match(base: Path, model: Polar
     with torch.no_grad():
         found = model.model(input_ids=ids, output_attentions=True)
     assert found.last_hidden_state.isfinite().all()
-    for head, offset in enumerate(job.OFFSETS):
+    for head, offset in enumerate(OFFSETS):
         assert found.attentions[0][0, head].diagonal(-offset).mean() > 0.75
     config = Checkpoint.open(base).config
     fused = job.initial_weights(config, 3)["model.layers.1.attention.wqkv.weight"]
