@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import pyarrow as pa
@@ -66,6 +66,11 @@ class Contents:
 
     slices: tuple[Slice, ...]
     schema: pa.Schema | None = None
+
+
+def input_names(inputs: str | Path | Sequence[str | Path]) -> list[str]:
+    """Inputs as people give them to Python, one or several, as text."""
+    return [str(given) for given in ([inputs] if isinstance(inputs, (str, Path)) else inputs)]
 
 
 def list_inputs(inputs: Sequence[str], *, besides: Location | None = None) -> list[InputFile]:

@@ -14,7 +14,7 @@ from polar_ray.cluster import has_gpu, ray_cluster
 from polar_ray.columns import detect_message_json
 from polar_ray.config import EngineConfig, ScoreConfig
 from polar_ray.corpus.actor import BuildScorer, open_scorer
-from polar_ray.corpus.inputs import LISTING_THREADS, InputFile, examine, list_inputs
+from polar_ray.corpus.inputs import LISTING_THREADS, InputFile, examine, input_names, list_inputs
 from polar_ray.corpus.manifest import (
     FOLDER,
     Manifest,
@@ -36,7 +36,7 @@ from polar_ray.corpus.units import read_report, read_sample
 from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.engines.build import refuse_unsupported, resolve_engine
 from polar_ray.errors import JobError, TooManyFailures
-from polar_ray.model.locate import is_untrained, locate_model
+from polar_ray.model.locate import absolute_model, is_untrained, locate_model
 from polar_ray.receipts import build_receipt
 
 
@@ -88,7 +88,7 @@ def score_parquet(
     """
     started = time.time()
     config, progress = config or ScoreConfig(), progress or SilentProgress()
-    names = [str(given) for given in ([inputs] if isinstance(inputs, (str, Path)) else inputs)]
+    names = input_names(inputs)
     place = Location(str(output)).absolute()
     refuse_unsupported(config.engine)
     with ExitStack() as cluster:
@@ -136,7 +136,7 @@ def _begin(
     if fresh:
         discard_job(output)
     save_manifest(output, manifest)
-    job = Job(output, manifest, _resolved(config, engine, folder))
+    job = Job(output, manifest, _resolved(config, engine))
     output.join(FOLDER, "settings.json").write_atomically(job.config.model_dump_json(indent=2).encode())
     return job
 
@@ -157,13 +157,12 @@ def _resume(
         receipt = build_receipt(folder, PolarTokenizer(folder), engine, config.limits)
     check_same_job(manifest, files, receipt, config.columns, output)
     discard_leftovers(output)
-    return Job(output, manifest, _resolved(config, engine, folder))
+    return Job(output, manifest, _resolved(config, engine))
 
 
-def _resolved(config: ScoreConfig, engine: EngineConfig, folder: Path) -> ScoreConfig:
-    """Settings that mean the same in an actor's process, whose working folder is another."""
-    model = str(folder.resolve()) if Path(config.model).expanduser().is_dir() else config.model
-    return config.model_copy(update={"engine": engine, "model": model})
+def _resolved(config: ScoreConfig, engine: EngineConfig) -> ScoreConfig:
+    """Settings that mean the same in an actor's process."""
+    return config.model_copy(update={"engine": engine, "model": absolute_model(config.model)})
 
 
 def _connect(cluster: ExitStack, progress: JobProgress) -> None:

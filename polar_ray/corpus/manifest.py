@@ -31,7 +31,7 @@ LEFTOVER = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 
 class ManifestFile(Settings):
-    """An input file as it was when the job was made."""
+    """An input file as it was when the manifest was made."""
 
     url: str
     format: Format
@@ -44,6 +44,23 @@ class ManifestFile(Settings):
     @property
     def schema_of_rows(self) -> pa.Schema | None:
         return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(self.arrow_schema))) if self.arrow_schema else None
+
+
+def describe_files(files: Sequence[InputFile], contents: Sequence[Contents]) -> tuple[ManifestFile, ...]:
+    """The input files as a manifest has them."""
+    return tuple(
+        ManifestFile(
+            url=file.url,
+            format=file.format,
+            size=file.size,
+            modified_ns=file.modified_ns,
+            partition=file.partition,
+            arrow_schema=None
+            if found.schema is None
+            else base64.b64encode(found.schema.serialize().to_pybytes()).decode(),
+        )
+        for file, found in zip(files, contents, strict=True)
+    )
 
 
 class Unit(Settings):
@@ -113,19 +130,7 @@ def make_manifest(
         receipt=receipt,
         columns=columns,
         message_json=tuple(sorted(message_json)),
-        files=tuple(
-            ManifestFile(
-                url=file.url,
-                format=file.format,
-                size=file.size,
-                modified_ns=file.modified_ns,
-                partition=file.partition,
-                arrow_schema=None
-                if found.schema is None
-                else base64.b64encode(found.schema.serialize().to_pybytes()).decode(),
-            )
-            for file, found in zip(files, contents, strict=True)
-        ),
+        files=describe_files(files, contents),
         units=tuple(
             Unit(index=index, file=place, start=s.start, stop=s.stop, offset=s.offset, end=s.end)
             for index, (place, s) in enumerate(slices)

@@ -16,7 +16,7 @@ from urllib.parse import quote
 import pyarrow as pa
 from pyarrow import fs
 
-from polar_ray.errors import InputError
+from polar_ray.errors import InputError, OutputError
 
 UPLOAD_CHUNK_BYTES = 16 << 20
 
@@ -126,6 +126,15 @@ class Location:
             self.filesystem.delete_dir(self.path)
         elif info.type == fs.FileType.File:
             self.filesystem.delete_file(self.path)
+
+    def commit(self, content: pa.Buffer | bytes) -> None:
+        """As `write_atomically`. Raises `OutputError` when the storage refuses; then there is no such file."""
+        try:
+            self.write_atomically(content)
+        except (OSError, pa.ArrowException) as error:
+            raise OutputError(
+                f"{self.url}: cannot be written ({error}); mend that and run the same command again"
+            ) from None
 
     def write_atomically(self, content: pa.Buffer | bytes, *, exclusively: bool = False) -> None:
         """Put `content` here so that nobody ever sees a part of it, whatever dies when. An existing file is replaced.

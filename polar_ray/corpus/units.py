@@ -19,7 +19,7 @@ from polar_ray.columns import (
 from polar_ray.config import ColumnsConfig
 from polar_ray.corpus import jsonl
 from polar_ray.corpus.inputs import Contents, InputFile, Slice, examine, list_inputs
-from polar_ray.corpus.manifest import Manifest
+from polar_ray.corpus.manifest import Manifest, ManifestFile
 from polar_ray.corpus.storage import Location
 from polar_ray.corpus.summary import UnitReport
 from polar_ray.errors import InputError, OutputError, TripleError
@@ -41,17 +41,27 @@ def read_unit(manifest: Manifest, index: int) -> tuple[pa.Table, list[Triple | T
     Raises `InputError` if the file is gone or no longer what it was when the manifest was made.
     """
     unit = manifest.units[index]
-    file = manifest.files[unit.file]
-    with _reading(manifest.describe(index)):
+    file, where = manifest.files[unit.file], manifest.describe(index)
+    table, rows = read_unchanged(file, unit.slice, manifest.columns, where=where, reader="job")
+    return table, parse_rows(rows, frozenset(manifest.message_json))
+
+
+def read_unchanged(
+    file: ManifestFile, part: Slice, columns: FieldColumns, *, where: str, reader: str
+) -> tuple[pa.Table, list[jsonl.Row]]:
+    """The rows of a slice, and the fields of each.
+
+    Raises `InputError`, saying `where` and under which `reader` it happened, if the file is gone or no longer what it
+    was when the manifest was made.
+    """
+    with _reading(where):
         info = Location(file.url).info()
         if info.is_file and (info.size, info.mtime_ns or 0) != (file.size, file.modified_ns):
-            raise InputError(f"{manifest.describe(index)}: the file changed under the job")
-        table, rows = read_slice(file.url, file.schema_of_rows, unit.slice, manifest.columns)
-    if table.num_rows != unit.rows:
-        raise InputError(
-            f"{manifest.describe(index)}: {table.num_rows} rows instead of {unit.rows}; the file changed under the job"
-        )
-    return table, parse_rows(rows, frozenset(manifest.message_json))
+            raise InputError(f"{where}: the file changed under the {reader}")
+        table, rows = _read_slice(file.url, file.schema_of_rows, part, columns)
+    if table.num_rows != part.rows:
+        raise InputError(f"{where}: {table.num_rows} rows instead of {part.rows}; the file changed under the {reader}")
+    return table, rows
 
 
 def read_sample(files: Sequence[InputFile], contents: Sequence[Contents], columns: FieldColumns) -> pa.Table:
@@ -79,7 +89,7 @@ def read_row(given: str, row: int, columns: ColumnsConfig) -> Triple | TripleErr
         raise InputError(f"{given}: has rows 0 to {contents.slices[-1].stop - 1}; there is no row {row}")
     fields = detect_message_json(read_sample([file], [contents], columns), columns)
     with _reading(given):
-        _, rows = read_slice(file.url, contents.schema, part, columns)
+        _, rows = _read_slice(file.url, contents.schema, part, columns)
     return parse_rows(rows, fields)[row - part.start]
 
 
@@ -101,13 +111,7 @@ def write_unit(
     }
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
-    place = output.join(*manifest.part(index).split("/"))
-    try:
-        place.write_atomically(sink.getvalue())
-    except (OSError, pa.ArrowException) as error:
-        raise OutputError(
-            f"{place.url}: cannot be written ({error}); mend that and run the same command again"
-        ) from None
+    output.join(*manifest.part(index).split("/")).commit(sink.getvalue())
 
 
 def read_report(output: Location, manifest: Manifest, index: int) -> UnitReport | None:
@@ -151,7 +155,7 @@ def _text_or_empty(value: object) -> str | None:
     return jsonl.as_text(value) if value is None or isinstance(value, str) else ""
 
 
-def read_slice(
+def _read_slice(
     url: str, schema: pa.Schema | None, part: Slice, columns: FieldColumns
 ) -> tuple[pa.Table, list[jsonl.Row]]:
     """The rows of a slice, of a JSONL file if it has a `schema` and else of a Parquet file; and the fields of each."""

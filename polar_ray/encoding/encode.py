@@ -11,7 +11,7 @@ its slice keeps the whole prompt; here that row is `TripleTooLong`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,12 +134,13 @@ class Encoder:
         The final length can pass `max_tokens` by a few tokens, because cut texts are tokenised again; so it does
         upstream.
         """
-        drafts = [
-            self._try_drafts(triple.prompt, triple.reference, {"output": triple.output}, triple.wrapper)
-            for triple in triples
-        ]
-        segments = self._segments(draft for found in drafts if not isinstance(found, TripleError) for draft in found)
-        return [found if isinstance(found, TripleError) else self._assemble(found[0], segments) for found in drafts]
+        found = self._encode_drafts(
+            [
+                self._try_drafts(triple.prompt, triple.reference, {"output": triple.output}, triple.wrapper)
+                for triple in triples
+            ]
+        )
+        return [row if isinstance(row, TripleError) else row[0] for row in found]
 
     def encode_pairs(self, pairs: Sequence[PreferencePair]) -> list[tuple[EncodedTriple, EncodedTriple] | TripleError]:
         """(chosen, rejected) of each pair, or the error that says which field is at fault; in order.
@@ -147,27 +148,27 @@ class Encoder:
         Each is what its triple encodes to, but where the prompt must be cut: it is cut alike for both, to what the
         longer output leaves, as upstream does in training.
         """
-        drafts = [
-            self._try_drafts(
-                pair.prompt, pair.reference, {"chosen": pair.chosen, "rejected": pair.rejected}, pair.wrapper
-            )
-            for pair in pairs
-        ]
-        segments = self._segments(draft for found in drafts if not isinstance(found, TripleError) for draft in found)
-        return [
-            found
-            if isinstance(found, TripleError)
-            else (self._assemble(found[0], segments), self._assemble(found[1], segments))
-            for found in drafts
-        ]
+        found = self._encode_drafts(
+            [
+                self._try_drafts(
+                    pair.prompt, pair.reference, {"chosen": pair.chosen, "rejected": pair.rejected}, pair.wrapper
+                )
+                for pair in pairs
+            ]
+        )
+        return [row if isinstance(row, TripleError) else (row[0], row[1]) for row in found]
 
-    def _segments(self, drafts: Iterable[_Draft]) -> dict[str, Ids]:
-        """The ids of every text that the drafts consist of, each tokenised once."""
+    def _encode_drafts(self, rows: Sequence[list[_Draft] | TripleError]) -> list[list[EncodedTriple] | TripleError]:
+        """The sequence of every draft; each text is tokenised once, whatever it is a part of."""
+        drafts = [draft for row in rows if not isinstance(row, TripleError) for draft in row]
         texts = dict.fromkeys(text for draft in drafts for text in (draft.first, draft.second, draft.prompt))
-        return {
+        segments = {
             text: np.array(ids, dtype=np.int32)
             for text, ids in zip(texts, self.tokenizer.encode(list(texts)), strict=True)
         }
+        return [
+            row if isinstance(row, TripleError) else [self._assemble(draft, segments) for draft in row] for row in rows
+        ]
 
     def encode_rendered(self, rendered: Rendered) -> EncodedTriple:
         """The ids of a text that upstream's client rendered: sanitised, cut and framed by that client, not again here.

@@ -13,6 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from polar_ray.config import EvaluateConfig
+from polar_ray.corpus.inputs import input_names
 from polar_ray.corpus.progress import JobProgress, SilentProgress
 from polar_ray.corpus.storage import Location
 from polar_ray.corpus.tracker import Snapshot
@@ -61,10 +62,9 @@ def evaluate(
     """
     started = time.monotonic()
     config, progress = config or EvaluateConfig(), progress or SilentProgress()
-    names = [str(given) for given in ([inputs] if isinstance(inputs, (str, Path)) else inputs)]
     refuse_unsupported(config.engine)
     with progress.stage("reading the input"):
-        sample = read_sample(names, config)
+        sample = read_sample(input_names(inputs), config)
     place = None if output is None else _prepare(str(output))
     with progress.stage("loading the model"):
         folder = locate_model(config.model, config.revision)
@@ -220,7 +220,4 @@ def _write(place: Location, found: Evaluation, table: pa.Table) -> None:
         EVALUATION_FILE: found.model_dump_json(indent=2).encode(),
     }
     for name, content in contents.items():
-        try:
-            place.join(name).write_atomically(content)
-        except (OSError, pa.ArrowException) as error:
-            raise OutputError(f"{place.join(name).url}: cannot be written ({error}); mend that and run again") from None
+        place.join(name).commit(content)

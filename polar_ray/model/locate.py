@@ -31,6 +31,12 @@ def locate_model(model: str, revision: str | None = None) -> Path:
     return _download(model, revision)
 
 
+def absolute_model(model: str) -> str:
+    """`model` by a name that means the same in another process, whose working folder is another."""
+    folder = Path(model).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else model
+
+
 def is_untrained(folder: Path) -> bool:
     """Whether the checkpoint says of itself, in config.json, that its weights are random."""
     return bool(json.loads((folder / "config.json").read_bytes()).get("untrained", False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -33,14 +34,10 @@ def add_adapters(model: PolarForReward, config: LoraConfig) -> None:
 
 
 @torch.no_grad()
-def merged(name: str, weights: dict[str, Tensor], scaling: dict[str, float]) -> Tensor:
-    """The weight that transformers calls `name`, its adapter's product added if it has one, in float32."""
-    layer = name.removesuffix(".weight")
-    base = weights.get(f"{layer}.base_layer.weight")
-    if base is None:
-        return weights[name]
+def merged(layer: str, weights: Mapping[str, Tensor], scale: float) -> Tensor:
+    """An adapted layer's weight with its adapter's product added, in float32; from `weights` by peft's names."""
     down, up = (weights[f"{layer}.lora_{part}.default.weight"].float() for part in "AB")
-    return base.float() + scaling[layer] * (up @ down)
+    return weights[f"{layer}.base_layer.weight"].float() + scale * (up @ down)
 
 
 def scalings(model: PolarForReward) -> dict[str, float]:

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from polar_ray.corpus.storage import Location
-from polar_ray.errors import OutputError
 from polar_ray.model.architecture import CheckpointConfig, llama_names, tensor_shapes
 from polar_ray.model.checkpoint import save_checkpoint
 from polar_ray.model.polar import PolarForReward
@@ -33,7 +32,6 @@ def gather_weights(model: PolarForReward, dtype: torch.dtype) -> dict[str, Tenso
     Every worker must call it; only the first one keeps what it gets, a tensor at a time, and the others get nothing.
     """
     keeps = not dist.is_initialized() or dist.get_rank() == 0
-    scaling = scalings(model)
     found: dict[str, Tensor] = {}
     adapted: dict[str, Tensor] = {}
     for name, weight in model.named_parameters():
@@ -43,8 +41,8 @@ def gather_weights(model: PolarForReward, dtype: torch.dtype) -> dict[str, Tenso
             adapted[name] = whole.cpu()
         elif keeps:
             found[name] = whole.to("cpu", dtype)
-    for layer in scaling if keeps else ():
-        found[f"{layer}.weight"] = merged(f"{layer}.weight", adapted, scaling).to(dtype)
+    for layer, scale in scalings(model).items() if keeps else ():
+        found[f"{layer}.weight"] = merged(layer, adapted, scale).to(dtype)
     return found
 
 
@@ -76,10 +74,4 @@ def write_weights(weights: dict[str, Tensor], config: CheckpointConfig, base: Pa
                 (folder / name).write_bytes((base / name).read_bytes())
         files = sorted(folder.iterdir(), key=lambda file: (file.name == "config.json", file.name))
         for file in files:
-            place = output.join(file.name)
-            try:
-                place.write_atomically(pa.memory_map(str(file)).read_buffer())
-            except (OSError, pa.ArrowException) as error:
-                raise OutputError(
-                    f"{place.url}: cannot be written ({error}); mend that and run the same command again"
-                ) from None
+            output.join(file.name).commit(pa.memory_map(str(file)).read_buffer())

@@ -12,7 +12,7 @@ import ray.train
 
 from polar_ray.config.training import TrainConfig
 from polar_ray.corpus.storage import Location
-from polar_ray.training.packing import make_schedule
+from polar_ray.training.packing import Schedule
 from polar_ray.training.pairs import NO_IDS, PairStore
 
 PACKS = "packs"
@@ -30,9 +30,6 @@ class TrainTask:
     config: TrainConfig
     """With `auto` values resolved."""
 
-    files: tuple[Location, ...]
-    """Of encoded pairs."""
-
 
 class PackFeed(ray.train.DataConfig):  # type: ignore[misc]
     """Gives every worker a data set of its own: its packs, in the order in which it takes them.
@@ -41,13 +38,12 @@ class PackFeed(ray.train.DataConfig):  # type: ignore[misc]
     crash would not be the run that it was.
     """
 
-    def __init__(self, task: TrainTask) -> None:
+    def __init__(self, files: tuple[Location, ...], schedule: Schedule) -> None:
         super().__init__(datasets_to_split=[])
-        self._task = task
+        self._files, self._schedule = files, schedule
 
     def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, ray.data.DataIterator]]:
-        store = PairStore(self._task.files)
-        schedule = make_schedule(store.sizes(), self._task.config)
+        schedule = self._schedule
         pairs_of = [schedule.pairs_of_step(step) for step in range(schedule.n_steps)]
         return [
             {
@@ -69,7 +65,7 @@ class PackFeed(ray.train.DataConfig):  # type: ignore[misc]
     def _read(self, packs: list[dict[str, Any]]) -> ray.data.DataIterator:
         data = ray.data.from_items(packs, override_num_blocks=-(-len(packs) // BLOCK_PACKS))
         # One process for each worker. No CPU is asked for: the workers have them all, and reading is mostly waiting.
-        data = data.map(ReadPack, fn_constructor_args=(self._task.files,), num_cpus=0, concurrency=1)
+        data = data.map(ReadPack, fn_constructor_args=(self._files,), num_cpus=0, concurrency=1)
         data.context.execution_options.preserve_order = True
         data.context.enable_progress_bars = False
         data.context.print_on_execution_start = False

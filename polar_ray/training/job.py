@@ -21,7 +21,7 @@ from polar_ray.cluster import has_gpu, ray_cluster
 from polar_ray.columns import detect_message_json
 from polar_ray.config import ray_address
 from polar_ray.config.training import TrainConfig
-from polar_ray.corpus.inputs import examine, list_inputs
+from polar_ray.corpus.inputs import examine, input_names, list_inputs
 from polar_ray.corpus.manifest import FOLDER, check_writable
 from polar_ray.corpus.storage import Location
 from polar_ray.corpus.units import read_sample
@@ -29,7 +29,7 @@ from polar_ray.encoding.encode import RENDERED_SLACK_TOKENS
 from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.errors import ConfigError, OutputError, PolarRayError, TrainingError, unwrap
 from polar_ray.model.checkpoint import Checkpoint, weights_digest
-from polar_ray.model.locate import locate_model
+from polar_ray.model.locate import absolute_model, locate_model
 from polar_ray.model.rope import Rope
 from polar_ray.report.wording import number
 from polar_ray.training.board import Board
@@ -42,12 +42,13 @@ from polar_ray.training.manifest import (
     make_manifest,
     save_manifest,
 )
-from polar_ray.training.packing import make_schedule
+from polar_ray.training.packing import Schedule, make_schedule
 from polar_ray.training.pairs import PairStore
 from polar_ray.training.prepare import SKIPPED_FILE, PreparedPairs, prepare_pairs
 from polar_ray.training.progress import SilentTrainProgress, TrainProgress
 from polar_ray.training.tracker import StepReport, TrainingTracker
 from polar_ray.training.worker import train_worker
+from polar_ray.triples import STATUS_OK
 
 SLICE_PAIRS = 4096
 """Pairs of one file of encoded pairs."""
@@ -140,8 +141,9 @@ def train(
     `TooManyFailures` before any worker starts, and `TrainingError` from a run that cannot go on.
     """
     started = time.time()
-    config, progress = _absolute(config or TrainConfig()), progress or SilentTrainProgress()
-    names = [str(given) for given in ([inputs] if isinstance(inputs, (str, Path)) else inputs)]
+    config, progress = config or TrainConfig(), progress or SilentTrainProgress()
+    config = config.model_copy(update={"model": absolute_model(config.model)})
+    names = input_names(inputs)
     place = Location(str(output)).absolute()
     with ExitStack() as cluster:
         manifest = _begin(place, names, config, progress, fresh=fresh)
@@ -153,9 +155,10 @@ def train(
         config = _resolve(config)
         with progress.counted("encoding pairs", len(manifest.slices)) as on_file:
             pairs = prepare_pairs(place, manifest, on_file)
-        with progress.stage(_plan(pairs, config)):
-            task = TrainTask(place, config, pairs.files)
-        starts, reports = _run(task, progress, board)
+        schedule = make_schedule(PairStore(pairs.files).sizes(), config)
+        with progress.stage(_describe(pairs, schedule)):
+            feed = PackFeed(pairs.files, schedule)
+        starts, reports = _run(TrainTask(place, config), feed, progress, board)
     return _conclude(place, manifest.model_copy(update={"config": config}), pairs, reports, starts, started)
 
 
@@ -176,7 +179,8 @@ def _begin(
         digest = weights_digest(folder)
     now = make_manifest(config, files, contents, message_json, digest, tokenizer.digest)
     is_ours = output.join(FOLDER, FILE).exists()
-    if is_ours and not fresh and (before := load_manifest(output)) is not None:
+    if is_ours and not fresh:
+        before = load_manifest(output)
         check_same_run(before, now, output)
         return before.model_copy(update={"config": config})
     if not is_ours and output.join("config.json").exists():
@@ -216,12 +220,6 @@ def _finished(output: Location) -> TrainSummary | None:
     return TrainSummary.model_validate(json.loads(place.read_bytes())["summary"])
 
 
-def _absolute(config: TrainConfig) -> TrainConfig:
-    """Settings that mean the same in another process, whose working folder is another."""
-    folder = Path(config.model).expanduser()
-    return config.model_copy(update={"model": str(folder.resolve())}) if folder.is_dir() else config
-
-
 def _resolve(config: TrainConfig) -> TrainConfig:
     """`auto` values replaced by what they mean on this cluster. Raises `ConfigError` for what can never start."""
     device = config.device if config.device != "auto" else ("cuda" if has_gpu() else "cpu")
@@ -240,15 +238,13 @@ def _resolve(config: TrainConfig) -> TrainConfig:
     return config.model_copy(update={"device": device, "threads": threads})
 
 
-def _plan(pairs: PreparedPairs, config: TrainConfig) -> str:
+def _describe(pairs: PreparedPairs, schedule: Schedule) -> str:
     """What lies ahead, in one line."""
-    sizes = PairStore(pairs.files).sizes()
-    schedule = make_schedule(sizes, config)
     steps, computed = schedule.n_steps, schedule.computed_tokens
-    return f"{number(len(sizes))} pairs, {number(steps)} steps, {number(computed)} tokens to compute"
+    return f"{number(pairs.usable)} pairs, {number(steps)} steps, {number(computed)} tokens to compute"
 
 
-def _run(task: TrainTask, progress: TrainProgress, board: Board) -> tuple[int, list[StepReport]]:
+def _run(task: TrainTask, feed: PackFeed, progress: TrainProgress, board: Board) -> tuple[int, list[StepReport]]:
     """Train, with `fit` in a thread so that this one can watch and draw.
 
     Gives how often workers were started, and every step as it was last taken.
@@ -259,7 +255,7 @@ def _run(task: TrainTask, progress: TrainProgress, board: Board) -> tuple[int, l
 
     def fit() -> None:
         try:
-            _trainer(task, tracker).fit()
+            _trainer(task, feed, tracker).fit()
             outcome.append(None)
         except BaseException as error:  # whatever it is, it is the main thread's to raise
             outcome.append(error)
@@ -286,7 +282,7 @@ def _run(task: TrainTask, progress: TrainProgress, board: Board) -> tuple[int, l
     return starts, reports
 
 
-def _trainer(task: TrainTask, tracker: Any) -> TorchTrainer:
+def _trainer(task: TrainTask, feed: PackFeed, tracker: Any) -> TorchTrainer:
     config = task.config
     store = task.output.join(FOLDER, "checkpoints")
     on_gpu = config.device == "cuda"
@@ -309,7 +305,7 @@ def _trainer(task: TrainTask, tracker: Any) -> TorchTrainer:
             worker_runtime_env={} if on_gpu else {"env_vars": KEEP_MEMORY},
         ),
         datasets={PACKS: ray.data.from_items([{"step": 0}])},
-        dataset_config=PackFeed(task),
+        dataset_config=feed,
     )
 
 
@@ -342,12 +338,12 @@ def _conclude(
         tokenizer_digest=manifest.tokenizer,
         encoding_version=manifest.encoding_version,
         config=config,
-        inputs=[source.model_dump(include={"url", "size", "modified_ns"}) for source in manifest.sources],
+        inputs=[source.file.model_dump(include={"url", "size", "modified_ns"}) for source in manifest.sources],
         versions={name: version(name) for name in ("polar_ray", "torch", "transformers", "ray")},
     )
     summary = TrainSummary(
         pairs=pairs.usable,
-        skipped={status: count for status, count in pairs.by_status.items() if status != "ok"},
+        skipped={status: count for status, count in pairs.by_status.items() if status != STATUS_OK},
         cut_pairs=pairs.cut_pairs,
         steps=reports[-1].step if reports else 0,
         tokens=sum(report.tokens for report in reports),

@@ -16,14 +16,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from polar_ray.config.training import TrainConfig
+from polar_ray.engines.torch.engine import DTYPES
 from polar_ray.engines.torch.layout import Packed, pack
 from polar_ray.errors import TrainingError
 from polar_ray.model.polar import PolarForReward
 from polar_ray.planning import Batch, Group, Ids, plan
 from polar_ray.training.loss import pair_losses
 from polar_ray.training.packed import PackedPolar
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -148,9 +147,7 @@ class Learner:
 
     def state(self) -> dict[str, Tensor]:
         """Weights that are trained and optimiser state, this worker's part of them, on the CPU, by name."""
-        found = {f"weight/{name}": _local(weight) for name, weight in self._named.items()}
-        for name, values in self._optimizer_state():
-            found |= {f"optimizer/{name}/{key}": _local(value) for key, value in values.items()}
+        found = self._tensors()
         if self._scaler.is_enabled():
             found |= {f"scaler/{key}": torch.as_tensor(value) for key, value in self._scaler.state_dict().items()}
         return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in found.items()}
@@ -161,9 +158,7 @@ class Learner:
         Raises `TrainingError` when the two do not fit.
         """
         self._start_optimizers()
-        mine = {f"weight/{name}": _local(weight) for name, weight in self._named.items()}
-        for name, values in self._optimizer_state():
-            mine |= {f"optimizer/{name}/{key}": _local(value) for key, value in values.items()}
+        mine = self._tensors()
         theirs = {name for name in state if not name.startswith("scaler/")}
         for name in sorted(mine.keys() ^ theirs):
             raise TrainingError(f"checkpoint: {name} is on one side only; its run had other settings")
@@ -186,10 +181,13 @@ class Learner:
         chosen, rejected = (rewards[places.to(self._device)] for places in (pairs.chosen, pairs.rejected))
         loss = pair_losses(chosen, rejected, self._config.loss).sum()
         margin = (chosen - rejected).detach()
-        parts = torch.stack([loss.detach(), (margin > 0).sum(), margin.sum(), chosen.detach().sum()]).tolist()
-        for name, value in zip(("loss", "correct", "margin", "chosen"), parts, strict=True):
-            setattr(sums, name, getattr(sums, name) + value)
-        sums.rejected += parts[3] - parts[2]
+        # One transfer from the device for all of them.
+        added = torch.stack([loss.detach(), (margin > 0).sum(), margin.sum(), chosen.detach().sum()]).tolist()
+        sums.loss += added[0]
+        sums.correct += added[1]
+        sums.margin += added[2]
+        sums.chosen += added[3]
+        sums.rejected += added[3] - added[2]
         sums.pairs += len(pairs)
         sums.tokens += pairs.tokens
         sums.computed_tokens += pairs.computed_tokens
@@ -204,12 +202,14 @@ class Learner:
             return
         yield  # FSDP adds up each pack's gradients where they belong: whole ones would take the memory it saves
 
-    def _optimizer_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        names = {id(weight): name for name, weight in self._named.items()}
+    def _tensors(self) -> dict[str, Tensor]:
+        """This worker's part of weights and optimiser state, sharing their memory, by name."""
+        found = {f"weight/{name}": _local(weight) for name, weight in self._named.items()}
         for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                for weight in group["params"]:
-                    yield names[id(weight)], optimizer.state[weight]
+            for name, weight in self._named.items():
+                values = optimizer.state.get(weight, {})
+                found |= {f"optimizer/{name}/{key}": _local(value) for key, value in values.items()}
+        return found
 
     def _start_optimizers(self) -> None:
         """Make the state that a first step would make, without a step: at a learning rate of 0 nothing moves."""

@@ -5,7 +5,6 @@ An output folder belongs to one run. Started again, the run goes on; started wit
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ from pydantic import ValidationError
 from polar_ray.config import Settings
 from polar_ray.config.training import TrainConfig
 from polar_ray.corpus.inputs import Contents, InputFile, Slice
-from polar_ray.corpus.manifest import FOLDER
+from polar_ray.corpus.manifest import FOLDER, ManifestFile, describe_files
 from polar_ray.corpus.storage import Location
 from polar_ray.encoding.encode import ENCODING_VERSION
 from polar_ray.errors import ManifestConflict, OutputError
@@ -40,14 +39,9 @@ digests say."""
 
 
 class Source(Settings):
-    """An input file as it was when the run began, and the slices that it is encoded in."""
+    """An input file, and the slices that it is encoded in."""
 
-    url: str
-    size: int
-    modified_ns: int
-    arrow_schema: str | None = None
-    """JSONL only: the schema of its rows, as Arrow serialises it, in base64."""
-
+    file: ManifestFile
     slices: tuple[tuple[int, int, int, int], ...]
     """(start, stop) rows, and (offset, end) bytes in a JSONL file."""
 
@@ -68,11 +62,7 @@ class TrainingManifest(Settings):
     @property
     def slices(self) -> list[PairSlice]:
         """The parts of the input, each of which becomes one file of encoded pairs."""
-        return [
-            PairSlice(source.url, source.size, source.modified_ns, _schema(source.arrow_schema), Slice(*part))
-            for source in self.sources
-            for part in source.slices
-        ]
+        return [PairSlice(source.file, Slice(*part)) for source in self.sources for part in source.slices]
 
     def pair_file(self, output: Location, index: int) -> Location:
         """Where the encoded pairs of a slice lie."""
@@ -95,23 +85,15 @@ def make_manifest(
         encoding_version=ENCODING_VERSION,
         message_json=tuple(sorted(message_json)),
         sources=tuple(
-            Source(
-                url=file.url,
-                size=file.size,
-                modified_ns=file.modified_ns,
-                arrow_schema=None if found.schema is None else base64.b64encode(found.schema.serialize()).decode(),
-                slices=tuple((part.start, part.stop, part.offset, part.end) for part in found.slices),
-            )
-            for file, found in zip(files, contents, strict=True)
+            Source(file=file, slices=tuple((part.start, part.stop, part.offset, part.end) for part in found.slices))
+            for file, found in zip(describe_files(files, contents), contents, strict=True)
         ),
     )
 
 
-def load_manifest(output: Location) -> TrainingManifest | None:
-    """The manifest of the run that `output` belongs to, if any. Raises `OutputError` if it cannot be read."""
+def load_manifest(output: Location) -> TrainingManifest:
+    """The manifest of the run that `output` belongs to. Raises `OutputError` if it cannot be read."""
     place = output.join(FOLDER, FILE)
-    if not place.exists():
-        return None
     try:
         return TrainingManifest.model_validate_json(place.read_bytes())
     except (OSError, ValidationError) as error:
@@ -120,12 +102,12 @@ def load_manifest(output: Location) -> TrainingManifest | None:
 
 def save_manifest(output: Location, manifest: TrainingManifest) -> None:
     """Write the manifest. Raises `OutputError` when the storage refuses."""
-    place = output.join(FOLDER, FILE)
+    folder = output.join(FOLDER, "pairs")
     try:
-        output.join(FOLDER, "pairs").make_folder()
-        place.write_atomically(manifest.model_dump_json(indent=2).encode())
+        folder.make_folder()
     except (OSError, pa.ArrowException) as error:
-        raise OutputError(f"{place.url}: cannot be written ({error})") from None
+        raise OutputError(f"{folder.url}: cannot be made ({error})") from None
+    output.join(FOLDER, FILE).commit(manifest.model_dump_json(indent=2).encode())
 
 
 def check_same_run(before: TrainingManifest, now: TrainingManifest, output: Location) -> None:
@@ -147,7 +129,9 @@ def _comparable(manifest: TrainingManifest) -> dict[str, Any]:
     values = manifest.model_dump(mode="json", exclude={"sources"})
     if manifest.config.parallel == "fsdp":  # whose checkpoints hold each worker's part
         values["workers_of_fsdp"] = manifest.config.workers
-    return values | {"inputs": [[source.url, source.size, source.modified_ns] for source in manifest.sources]}
+    return values | {
+        "inputs": [[file.url, file.size, file.modified_ns] for file in (source.file for source in manifest.sources)]
+    }
 
 
 def _differences(before: Any, now: Any, name: str = "") -> list[tuple[str, Any, Any]]:
@@ -158,7 +142,3 @@ def _differences(before: Any, now: Any, name: str = "") -> list[tuple[str, Any, 
             for found in _differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
         ]
     return [] if before == now else [(name, before, now)]
-
-
-def _schema(text: str | None) -> pa.Schema | None:
-    return None if text is None else pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text)))

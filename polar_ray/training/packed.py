@@ -70,6 +70,7 @@ class PackedPolar(nn.Module):
         """Rewards, float32 `[S]`, in the order of the batch that was packed."""
         device = packed.ids_T.device
         calls = [call.to(device) for call in plan_calls(packed)]
+        order = torch.cat([call.written for call in calls]).argsort()
         polar = self.polar
         hidden_TH = polar.model(
             input_ids=packed.ids_T.unsqueeze(0),
@@ -78,6 +79,7 @@ class PackedPolar(nn.Module):
             position_ids=packed.positions_T.long().unsqueeze(0),
             use_cache=False,
             polar_calls=calls,
+            polar_order=order,
         ).last_hidden_state[0]
         last_SH = hidden_TH[packed.last_S]
         # Not a Linear: under autocast that would be rounded to half precision.
@@ -94,13 +96,17 @@ def attend(
     *,
     scaling: float,
     polar_calls: Sequence[Call],
+    polar_order: Tensor,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: `[1, T, H, D]` from query `[1, H, T, D]`, key and value `[1, G, T, D]`."""
+    """transformers' attention interface: `[1, T, H, D]` from query `[1, H, T, D]`, key and value `[1, G, T, D]`.
+
+    `polar_order` puts the results of the calls, one after another, into the order of the packed row.
+    """
     per_key = query.shape[1] // key.shape[1]
     # Rows of tokens, so that a segment is gathered as it lies.
     queries, keys, values = (part[0].transpose(0, 1).to(value.dtype) for part in (query, key, value))
-    mixed, written = [], []
+    mixed = []
     for call in polar_calls:
         q, k, v = (
             part[places].transpose(1, 2)
@@ -110,9 +116,7 @@ def attend(
             k, v = k.repeat_interleave(per_key, 1), v.repeat_interleave(per_key, 1)
         out = _mix(q, k, v, call.mask, scaling).transpose(1, 2).flatten(0, 1)
         mixed.append(out if call.kept is None else out[call.kept])
-        written.append(call.written)
-    back = torch.cat(written).argsort()
-    return torch.cat(mixed)[back].unsqueeze(0), None
+    return torch.cat(mixed)[polar_order].unsqueeze(0), None
 
 
 AttentionInterface.register(ATTENTION, attend)

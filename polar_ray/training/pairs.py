@@ -18,10 +18,11 @@ import pyarrow as pa
 from polar_ray.columns import parse_pairs
 from polar_ray.config.training import TrainConfig
 from polar_ray.corpus.inputs import Slice
+from polar_ray.corpus.manifest import ManifestFile
 from polar_ray.corpus.storage import Location
-from polar_ray.corpus.units import read_slice
+from polar_ray.corpus.units import read_unchanged
 from polar_ray.encoding.encode import EncodedTriple, Encoder
-from polar_ray.errors import InputError, OutputError, TripleError, TripleTooLong
+from polar_ray.errors import OutputError, TripleError, TripleTooLong
 from polar_ray.planning import MIN_SHARED_TOKENS, Ids
 from polar_ray.training.packing import PairSizes
 from polar_ray.triples import STATUS_OK, PreferencePair
@@ -51,27 +52,14 @@ OPEN_FILES = 4096
 class PairSlice:
     """A part of the input that becomes one file of encoded pairs."""
 
-    url: str
-    size: int
-    modified_ns: int
-    schema: pa.Schema | None
-    """Of a JSONL file's rows; None for Parquet."""
-
+    file: ManifestFile
     slice: Slice
 
 
 def encode_slice(part: PairSlice, encoder: Encoder, config: TrainConfig, message_json: frozenset[str]) -> pa.Table:
     """The encoded pairs of `part`, one for each of its rows. Raises `InputError` if it is gone or has changed."""
-    where = f"{part.url}, rows from {part.slice.start}"
-    try:
-        info = Location(part.url).info()
-        if info.is_file and (info.size, info.mtime_ns or 0) != (part.size, part.modified_ns):
-            raise InputError(f"{where}: the file changed under the run")
-        _, rows = read_slice(part.url, part.schema, part.slice, config.columns)
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{where}: cannot be read ({error})") from None
-    if len(rows) != part.slice.rows:
-        raise InputError(f"{where}: {len(rows)} rows instead of {part.slice.rows}; the file changed under the run")
+    where = f"{part.file.url}, rows from {part.slice.start}"
+    _, rows = read_unchanged(part.file, part.slice, config.columns, where=where, reader="run")
     pairs = parse_pairs(rows, message_json)
     encoded = iter(encoder.encode_pairs([pair for pair in pairs if isinstance(pair, PreferencePair)]))
     outcomes = [next(encoded) if isinstance(pair, PreferencePair) else pair for pair in pairs]
@@ -91,12 +79,7 @@ def write_pairs(place: Location, table: pa.Table) -> None:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, SCHEMA) as writer:
         writer.write_table(table.combine_chunks(), max_chunksize=max(1, table.num_rows))
-    try:
-        place.write_atomically(sink.getvalue())
-    except (OSError, pa.ArrowException) as error:
-        raise OutputError(
-            f"{place.url}: cannot be written ({error}); mend that and run the same command again"
-        ) from None
+    place.commit(sink.getvalue())
 
 
 class PairStore:

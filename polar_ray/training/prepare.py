@@ -108,13 +108,12 @@ def _take_stock(output: Location, manifest: TrainingManifest, files: tuple[Locat
         cut += int((table["cut_tokens"].to_numpy() > 0).sum())
         bad = table.filter(np.array(table["status"].to_pylist(), dtype=object) != STATUS_OK)
         if bad.num_rows:
-            skipped.append(bad.drop_columns("cut_tokens").append_column("file", pa.array([part.url] * bad.num_rows)))
+            skipped.append(
+                bad.drop_columns("cut_tokens").append_column("file", pa.array([part.file.url] * bad.num_rows))
+            )
     found = PreparedPairs(files, dict(counts), cut)
     place = output.join(FOLDER, SKIPPED_FILE)
-    try:
-        place.write_atomically(_json_lines(pa.concat_tables(skipped)) if skipped else b"")
-    except (OSError, pa.ArrowException) as error:
-        raise OutputError(f"{place.url}: cannot be written ({error})") from None
+    place.commit(_json_lines(pa.concat_tables(skipped)) if skipped else b"")
     most = manifest.config.max_failed_fraction * sum(counts.values())
     if found.skipped > most or not found.usable:
         causes = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()) if status != STATUS_OK)

@@ -20,13 +20,14 @@ from ray.train import Checkpoint
 from safetensors.torch import load_file, save_file
 
 from polar_ray.config.training import TrainConfig
+from polar_ray.engines.torch.engine import DTYPES
 from polar_ray.errors import CheckpointError, ConfigError, TrainingError
 from polar_ray.model.locate import locate_model
 from polar_ray.model.polar import load_polar
 from polar_ray.training.adapters import add_adapters
 from polar_ray.training.export import gather_weights, write_weights
 from polar_ray.training.feed import PACKS, TrainTask
-from polar_ray.training.learner import DTYPES, Learner, PackedPairs, StepSums, idle_pairs, pack_pairs
+from polar_ray.training.learner import Learner, PackedPairs, StepSums, idle_pairs, pack_pairs
 from polar_ray.training.schedule import rate_at
 from polar_ray.training.tracker import StepReport
 
@@ -34,9 +35,6 @@ PREFETCHED_PACKS = 4
 
 HISTORY_FILE = "steps.jsonl"
 """In a checkpoint: the reports of all steps that led to it."""
-
-BLOCK_PACKS = 16
-"""Packs of one task that reads them."""
 
 
 def train_worker(task: TrainTask, tracker: Any) -> None:

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from polar_ray.config import LimitsConfig, PairColumnsConfig, TrainConfig
-from polar_ray.corpus.inputs import Slice, examine, list_inputs
+from polar_ray.corpus.inputs import Contents, Slice, examine, list_inputs
+from polar_ray.corpus.manifest import describe_files
 from polar_ray.corpus.storage import Location
 from polar_ray.encoding.encode import Encoder
 from polar_ray.errors import InputError, OutputError, SchemaError
@@ -37,8 +38,8 @@ def rows_with_every_problem() -> list[dict[str, object]]:
 
 
 def part_of(file, part, schema=None) -> PairSlice:
-    (found,) = list_inputs([str(file)])
-    return PairSlice(found.url, found.size, found.modified_ns, schema, part)
+    (described,) = describe_files(list_inputs([str(file)]), [Contents((part,), schema)])
+    return PairSlice(described, part)
 
 
 @pytest.fixture
