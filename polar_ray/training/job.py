@@ -33,7 +33,6 @@ from polar_ray.model.locate import absolute_model, locate_model
 from polar_ray.model.rope import Rope
 from polar_ray.report.wording import number
 from polar_ray.training.board import Board
-from polar_ray.training.feed import PACKS, PackFeed, TrainTask
 from polar_ray.training.manifest import (
     FILE,
     TrainingManifest,
@@ -47,7 +46,7 @@ from polar_ray.training.pairs import PairStore
 from polar_ray.training.prepare import SKIPPED_FILE, PreparedPairs, prepare_pairs
 from polar_ray.training.progress import SilentTrainProgress, TrainProgress
 from polar_ray.training.tracker import StepReport, TrainingTracker
-from polar_ray.training.worker import train_worker
+from polar_ray.training.worker import TrainTask, train_worker
 from polar_ray.triples import STATUS_OK
 
 SLICE_PAIRS = 4096
@@ -157,8 +156,8 @@ def train(
             pairs = prepare_pairs(place, manifest, on_file)
         schedule = make_schedule(PairStore(pairs.files).sizes(), config)
         with progress.stage(_describe(pairs, schedule)):
-            feed = PackFeed(pairs.files, schedule)
-        starts, reports = _run(TrainTask(place, config), feed, progress, board)
+            task = TrainTask(place, config, pairs.files, ray.put(schedule))
+        starts, reports = _run(task, progress, board)
     return _conclude(place, manifest.model_copy(update={"config": config}), pairs, reports, starts, started)
 
 
@@ -244,7 +243,7 @@ def _describe(pairs: PreparedPairs, schedule: Schedule) -> str:
     return f"{number(pairs.usable)} pairs, {number(steps)} steps, {number(computed)} tokens to compute"
 
 
-def _run(task: TrainTask, feed: PackFeed, progress: TrainProgress, board: Board) -> tuple[int, list[StepReport]]:
+def _run(task: TrainTask, progress: TrainProgress, board: Board) -> tuple[int, list[StepReport]]:
     """Train, with `fit` in a thread so that this one can watch and draw.
 
     Gives how often workers were started, and every step as it was last taken.
@@ -255,7 +254,7 @@ def _run(task: TrainTask, feed: PackFeed, progress: TrainProgress, board: Board)
 
     def fit() -> None:
         try:
-            _trainer(task, feed, tracker).fit()
+            _trainer(task, tracker).fit()
             outcome.append(None)
         except BaseException as error:  # whatever it is, it is the main thread's to raise
             outcome.append(error)
@@ -282,7 +281,7 @@ def _run(task: TrainTask, feed: PackFeed, progress: TrainProgress, board: Board)
     return starts, reports
 
 
-def _trainer(task: TrainTask, feed: PackFeed, tracker: Any) -> TorchTrainer:
+def _trainer(task: TrainTask, tracker: Any) -> TorchTrainer:
     config = task.config
     store = task.output.join(FOLDER, "checkpoints")
     on_gpu = config.device == "cuda"
@@ -304,8 +303,6 @@ def _trainer(task: TrainTask, feed: PackFeed, tracker: Any) -> TorchTrainer:
             checkpoint_config=CheckpointConfig(num_to_keep=KEPT_CHECKPOINTS),
             worker_runtime_env={} if on_gpu else {"env_vars": KEEP_MEMORY},
         ),
-        datasets={PACKS: ray.data.from_items([{"step": 0}])},
-        dataset_config=feed,
     )
 
 

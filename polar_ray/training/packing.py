@@ -65,15 +65,11 @@ class Schedule:
     def packs_of_step(self, step: int) -> list[Ints]:
         return self.packs[step * self.packs_per_step : (step + 1) * self.packs_per_step]
 
-    def of_worker(self, rank: int, workers: int) -> Iterator[tuple[int, Ints]]:
-        """(step, pack) of one worker's share, in order.
-
-        Every worker gets equally many in a step; in a last one that is not full, some of them are empty.
-        """
-        for step in range(self.n_steps):
-            packs = self.packs_of_step(step)
-            for place in range(rank, -(-len(packs) // workers) * workers, workers):
-                yield step, packs[place] if place < len(packs) else NO_PAIRS
+    def packs_of_worker(self, step: int, rank: int, workers: int) -> list[Ints]:
+        """One worker's share of a step: as many packs as any other's, of which some are empty in a last step."""
+        packs = self.packs_of_step(step)
+        places = range(rank, -(-len(packs) // workers) * workers, workers)
+        return [packs[place] if place < len(packs) else NO_PAIRS for place in places]
 
 
 def cost_alone(sizes: PairSizes, share_prefixes: bool) -> Ints:

@@ -1,16 +1,19 @@
-"""What each worker of a run does: packs in, steps, checkpoints, and at the end the trained weights out."""
+"""What each worker of a run does: packs in, steps, checkpoints, and at the end the trained weights out.
+
+A worker reads its own packs, in the order of the schedule, where the encoded pairs lie. Splitting one stream among the
+workers would leave to timing who gets which pack, and a run that goes on after a crash would not be the run it was.
+"""
 
 from __future__ import annotations
 
-import itertools
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import ray.train
 import ray.train.torch
@@ -20,21 +23,36 @@ from ray.train import Checkpoint
 from safetensors.torch import load_file, save_file
 
 from polar_ray.config.training import TrainConfig
+from polar_ray.corpus.storage import Location
 from polar_ray.engines.torch.engine import DTYPES
 from polar_ray.errors import CheckpointError, ConfigError, TrainingError
 from polar_ray.model.locate import locate_model
 from polar_ray.model.polar import load_polar
 from polar_ray.training.adapters import add_adapters
 from polar_ray.training.export import gather_weights, write_weights
-from polar_ray.training.feed import PACKS, TrainTask
 from polar_ray.training.learner import Learner, PackedPairs, StepSums, idle_pairs, pack_pairs
+from polar_ray.training.packing import Ints
+from polar_ray.training.pairs import PairStore
 from polar_ray.training.schedule import rate_at
 from polar_ray.training.tracker import StepReport
 
-PREFETCHED_PACKS = 4
-
 HISTORY_FILE = "steps.jsonl"
 """In a checkpoint: the reports of all steps that led to it."""
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """What a worker needs to know; small, because it is copied to each of them."""
+
+    output: Location
+    config: TrainConfig
+    """With `auto` values resolved."""
+
+    files: Sequence[Location]
+    """Of encoded pairs."""
+
+    schedule: Any
+    """Ray's reference to the `Schedule`."""
 
 
 def train_worker(task: TrainTask, tracker: Any) -> None:
@@ -60,49 +78,44 @@ def _train(task: TrainTask, tracker: Any) -> None:
     learner = Learner(model, config, device)
     history = _restore(learner, config)
     first_step = history[-1].step if history else 0
-    if context.get_world_rank() == 0:
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    if rank == 0:
         ray.get(tracker.started.remote(history))
-    for step, rows in itertools.groupby(_rows(), key=lambda row: int(row["step"])):
-        if step < first_step:
-            continue
-        started, taken = time.perf_counter(), list(rows)
-        packs = [_pack(row, learner, model.checkpoint_config.reward_token_id, config) for row in taken]
-        n_steps = int(taken[0]["n_steps"])
+    store, schedule = PairStore(task.files), ray.get(task.schedule)
+    n_steps = schedule.n_steps
+    for step in range(first_step, n_steps):
+        started = time.perf_counter()
+        packs = [
+            _pack(store, places, learner, model.checkpoint_config.reward_token_id, config)
+            for places in schedule.packs_of_worker(step, rank, workers)
+        ]
         rate = rate_at(step, n_steps, config.optimizer)
-        sums, norm = learner.step(packs, int(taken[0]["pairs_in_step"]), rate)
+        sums, norm = learner.step(packs, schedule.pairs_of_step(step), rate)
         total = sums.over_all_workers(device)
         if not math.isfinite(total.loss):
             raise TrainingError(f"step {step + 1}: the loss is {total.loss}; lower optimizer.learning_rate")
         seconds = time.perf_counter() - started
         history.append(_report(step, n_steps, total, norm, rate * config.optimizer.learning_rate, seconds))
-        if context.get_world_rank() == 0:
+        if rank == 0:
             tracker.step.remote(history[-1])
         if (step + 1) % config.checkpoint_every_steps == 0 or step + 1 == n_steps:
             _save(learner, config, history)
     weights = gather_weights(learner.model, DTYPES[config.save_dtype])
-    if context.get_world_rank() == 0:
+    if rank == 0:
         write_weights(weights, model.checkpoint_config, folder, task.output)
     if dist.is_initialized():
         dist.barrier()
-    if context.get_world_rank() == 0:
+    if rank == 0:
         ray.get(tracker.finish.remote())
 
 
-def _rows() -> Iterator[dict[str, Any]]:
-    shard = ray.train.get_dataset_shard(PACKS)
-    for batch in shard.iter_batches(batch_size=1, prefetch_batches=PREFETCHED_PACKS, batch_format="numpy"):
-        yield {name: column[0] for name, column in batch.items()}
-
-
-def _pack(row: dict[str, Any], learner: Learner, score_id: int, config: TrainConfig) -> PackedPairs:
-    lengths = np.asarray(row["lengths"], dtype=np.int64)
-    if not len(lengths):
+def _pack(store: PairStore, places: Ints, learner: Learner, score_id: int, config: TrainConfig) -> PackedPairs:
+    if not len(places):
         return idle_pairs(score_id)
-    sequences = np.split(np.asarray(row["ids"], dtype=np.int32), np.cumsum(lengths)[:-1])
-    middle = len(sequences) // 2
+    chosen, rejected = store.read(places)
     return pack_pairs(
-        sequences[:middle],
-        sequences[middle:],
+        chosen,
+        rejected,
         share_prefixes=config.share_prefixes,
         max_shared_length=learner.max_shared_length,
     )

@@ -35,7 +35,6 @@ MAY_IMPORT = {
     "cli/serve.py": {"ray"},
     "serving/fleet.py": {"ray"},
     "serving/replica.py": {"ray"},
-    "training/feed.py": {"ray"},
     "training/job.py": {"ray"},
     "training/prepare.py": {"ray"},
     "training/worker.py": {"ray", "torch", "safetensors"},

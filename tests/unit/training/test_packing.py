@@ -79,9 +79,8 @@ def test_pairs_of_a_group_stay_together_and_cost_less():
 def test_a_step_has_the_same_packs_whatever_the_number_of_workers(workers):
     sizes = make_sizes(30, 4)
     schedule = make_schedule(sizes, TrainConfig(max_packed_tokens=400, packs_per_step=4))
-    shares = [list(schedule.of_worker(rank, workers)) for rank in range(workers)]
     for step in range(schedule.n_steps):
-        of_step = [[pack.tolist() for at, pack in share if at == step] for share in shares]
+        of_step = [[pack.tolist() for pack in schedule.packs_of_worker(step, rank, workers)] for rank in range(workers)]
         assert len({len(packs) for packs in of_step}) == 1, "workers wait for each other"
         found = sorted(pack for packs in of_step for pack in packs if pack)
         assert found == sorted(pack.tolist() for pack in schedule.packs_of_step(step))
