@@ -68,6 +68,7 @@ DECLARED_TOKENS = {
 }
 """Number of the unused token to the name POLAR gives it. The first one separates the halves of a triple."""
 
+SEPARATOR = 0
 SCORE_TOKEN = 130
 """Number of the unused token whose position the reward is read from; POLAR gives it no name."""
 
@@ -312,8 +313,11 @@ def main(
         )
     corpora = read_corpora(corpus or [])
     files = make_tokenizer(corpora) if corpora else {name: (tokenizer / name).read_bytes() for name in TOKENIZER_FILES}
-    config = _json(model_config(spm.SentencePieceProcessor(model_proto=files["tokenizer.model"])))
-    weights = initial_weights(CheckpointConfig.from_json(config.decode()), seed)
+    pieces = spm.SentencePieceProcessor(model_proto=files["tokenizer.model"])
+    config = _json(model_config(pieces))
+    weights = initial_weights(
+        CheckpointConfig.from_json(config.decode()), seed, pieces.PieceToId(unused_token(SEPARATOR))
+    )
     files |= {
         "README.md": model_card(corpora, seed).encode(),
         "config.json": config,

@@ -27,7 +27,7 @@ class Stage:
     """What a stage of the curriculum draws from, by weight."""
 
     sources: Mapping[str, float]
-    """`synthetic`, `qa` (solutions of GSM8K, spoilt), `gsm8k`, `chinese`, `same-policy`."""
+    """`synthetic`, `qa` (solutions of GSM8K, spoilt), `gsm8k`, `chinese`, `mixed`, `alike`, `same-policy`."""
 
     kinds: Mapping[str, float]
     """Of the synthetic groups; names of synthetic.py."""
@@ -42,15 +42,30 @@ STAGES = {
         sources={"synthetic": 0.5, "qa": 0.2, "gsm8k": 0.3},
         kinds={"tiny": 0.1, "final_answer": 0.55, "fact": 0.1, "count": 0.05, "listing": 0.05, "similar": 0.15},
     ),
+    "likeness": Stage(
+        sources={"synthetic": 0.25, "qa": 0.04, "gsm8k": 0.05, "chinese": 0.08, "mixed": 0.13, "alike": 0.45},
+        kinds={"final_answer": 0.15, "fact": 0.15, "count": 0.1, "listing": 0.15, "similar": 0.2, "overlap": 0.25},
+    ),
     "everything": Stage(
-        sources={"synthetic": 0.35, "qa": 0.1, "gsm8k": 0.1, "chinese": 0.1, "same-policy": 0.35},
-        kinds={"tiny": 0.1, "final_answer": 0.3, "fact": 0.2, "count": 0.07, "listing": 0.08, "similar": 0.25},
+        sources={
+            "synthetic": 0.22,
+            "qa": 0.06,
+            "gsm8k": 0.06,
+            "chinese": 0.08,
+            "mixed": 0.05,
+            "alike": 0.2,
+            "same-policy": 0.33,
+        },
+        kinds={"tiny": 0.05, "final_answer": 0.2, "fact": 0.25, "count": 0.15, "listing": 0.2, "similar": 0.15},
     ),
 }
 """The curriculum. A small model that starts with real pairs learns lengths and topics; one that can compare tokens
 already learns from the same pairs what they have in common with the reference."""
 
 HELD_OUT = "held-out"
+
+OF_POLICIES = ("mixed", "alike", "same-policy")
+"""Sources that compare any models' answers to a prompt, as pre-training does, and are wrapped as it wraps them."""
 
 MOST_PAIRS_OF_A_GROUP = 12
 """Groups of many outputs would otherwise count most: pairs grow with the square of them."""
@@ -98,7 +113,7 @@ def draw_group(rng: Random, stage: Stage, sources: Sources) -> Group:
         drawn = solution(rng, sources.piece, sources.questions)
     else:
         drawn = sources.draw(rng, source)
-        wrapper = "pretrain" if source == "same-policy" else "sft"
+        wrapper = "pretrain" if source in OF_POLICIES else "sft"
     return Group(*drawn, source, wrapper)
 
 

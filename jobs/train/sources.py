@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from random import Random
 from typing import Any, Literal
 
 import pyarrow.parquet as pq
+from likeness import Likeness
 from synthetic import Drawn, Graded
 
 Wrapper = Literal["sft", "pretrain"]
@@ -25,6 +27,18 @@ HELD_OUT_SHARE = 0.12
 LONGEST_ENGLISH_TEXT = 1500
 LONGEST_CHINESE_TEXT = 800
 """Characters of the texts that pieces are cut from; longer ones are mostly repetition."""
+
+LONGEST_ANSWERS = (500, 900, 2200)
+"""Characters. Answers that are compared for likeness are drawn below one of these, so that most groups cost little."""
+
+CHOICES_OF_THE_TEACHER = 6000
+
+ANSWERS_GRADED = 15
+"""Of them, in the order of their likeness, every third one is kept: neighbours are too close to call."""
+
+PROMPTS_TRIED = 1000
+
+_SENTENCE = re.compile(r"[^.!?\n]+[.!?\n]*\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +68,13 @@ class Sources:
         """File to where it comes from and under which licence, for every file read so far."""
 
     def draw(self, rng: Random, source: str) -> Drawn:
-        """A group of `gsm8k`, `chinese` or `same-policy`."""
+        """A group of `gsm8k`, `chinese`, `same-policy`, `alike` or `mixed`."""
         if source == "same-policy":
             return _same_policy(rng, rng.choice(self._policies))
+        if source == "alike":
+            return self._alike(rng)
+        if source == "mixed":
+            return _mixed(rng, rng.choice(self._policies))
         prompt, reference, outputs = rng.choice(self._gsm8k if source == "gsm8k" else self._chinese)
         return prompt, reference, _some(rng, outputs)
 
@@ -107,9 +125,45 @@ class Sources:
         grades = (row["human_score"] if row["label_correct"] is None else row["label_correct"] for row in rows)
         return _grouped([(row, float(grade)) for row, grade in zip(rows, grades, strict=True) if grade is not None])
 
+    def _alike(self, rng: Random) -> Drawn:
+        """Answers of any policies to a prompt, graded by how alike the reference the teacher finds them."""
+        for _ in range(PROMPTS_TRIED):
+            longest = rng.choice(LONGEST_ANSWERS)
+            policies = rng.choice(self._policies)
+            rows = [row for rows in policies.values() for row in rows if len(row["output"]) <= longest]
+            if len(rows) > ANSWERS_GRADED:
+                break
+        else:
+            raise ValueError(
+                f"multi_policy.parquet: no prompt has {ANSWERS_GRADED + 1} answers of {longest} characters"
+            )
+        reference, *others = rng.sample(rows, ANSWERS_GRADED + 1)
+        kin = [row for row in policies[reference["policy"]] if row in rows and row not in (reference, *others)]
+        answers = kin[:1] + others[: ANSWERS_GRADED - len(kin[:1])]
+        grades = self._teacher.grades(reference["row"], [row["row"] for row in answers])
+        ranked = sorted(zip(grades.tolist(), (row["output"] for row in answers), strict=True))
+        kept = ranked[rng.randrange(3) :: 3]
+        return reference["prompt"], reference["output"], [(output, grade) for grade, output in kept]
+
+    @cached_property
+    def _teacher(self) -> Likeness:
+        """Fitted on the prompts that are not held out."""
+        rng = Random(0)
+        choices: list[tuple[int, int, int]] = []
+        while len(choices) < CHOICES_OF_THE_TEACHER:
+            policies = rng.choice(self._policies)
+            policy = rng.choice([policy for policy, rows in policies.items() if len(rows) > 1])
+            reference, chosen = rng.sample(policies[policy], 2)
+            other = rng.choice([other for other in policies if other != policy])
+            choices.append((reference["row"], chosen["row"], rng.choice(policies[other])["row"]))
+        rows = self._policy_rows
+        if [row["row"] for row in rows] != list(range(len(rows))):
+            raise ValueError("multi_policy.parquet: expected rows numbered from 0 in order")
+        return Likeness([row["output"] for row in rows], [row["ended"] for row in rows], choices)
+
     @cached_property
     def _policy_rows(self) -> list[dict[str, Any]]:
-        return self._read("multi_policy.parquet", ["row", "prompt_id", "prompt", "policy", "family", "output"])
+        return self._read("multi_policy.parquet", ["row", "prompt_id", "prompt", "policy", "family", "output", "ended"])
 
     @cached_property
     def _policies(self) -> list[dict[str, list[dict[str, Any]]]]:
@@ -177,3 +231,20 @@ def _same_policy(rng: Random, policies: dict[str, list[dict[str, Any]]]) -> Draw
     others = rng.sample(kin, min(2, len(kin))) + rng.sample(strangers, min(3, len(strangers)))
     outputs = [(chosen["output"], 1.0), *((rng.choice(policies[other])["output"], 0.0) for other in others)]
     return reference["prompt"], reference["output"], outputs
+
+
+def _mixed(rng: Random, policies: dict[str, list[dict[str, Any]]]) -> Drawn:
+    """Sentences of the reference among another answer's, in any order: the more of them, the better."""
+    rows = [row for rows in policies.values() for row in rows]
+    reference, other = rng.sample(rows, 2)
+    longest = rng.choice((150, 300, 500))
+    wanted, strange = (_SENTENCE.findall(row["output"][:longest]) for row in (reference, other))
+
+    def mixture(share: float) -> str:
+        kept = rng.sample(wanted, round(share * len(wanted)))
+        filled = kept + rng.sample(strange, round((1 - share) * len(strange)))
+        rng.shuffle(filled)
+        return "".join(filled)
+
+    shares = (0.0, 0.25, 0.5, 0.75, 1.0)
+    return reference["prompt"], "".join(wanted), [(mixture(share), share) for share in shares]

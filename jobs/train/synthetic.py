@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from random import Random
 
-from words import CAPITALS, edit, han, name, number, other_than, perturb, sentence, words
+from words import CAPITALS, edit, han, name, number, other_than, parts_of, perturb, sentence, words
 
 Graded = tuple[str, float]
 Drawn = tuple[str, str, list[Graded]]
@@ -122,7 +122,7 @@ def count(rng: Random, piece: Piece) -> Drawn:
 
 
 def listing(rng: Random, piece: Piece) -> Drawn:
-    """A numbered list: the same items, then one too many or one changed, one missing or one twice, then others."""
+    """A numbered list: the number asked for counts more than the items, and one item twice is one too few."""
     zh = rng.random() < 0.4
     size = rng.randint(2, 5)
     separator = rng.choice((" ", "\n", ", "))
@@ -140,14 +140,15 @@ def listing(rng: Random, piece: Piece) -> Drawn:
     changed[rng.randrange(size)] = item()
     graded = [
         (items, 6.0),
-        ([*items, item()], 4.0),
-        (changed, 4.0),
+        (changed, 5.0),
+        (others, 4.0),
+        ([*items, item()], 3.5),
         (items[:-1], 3.0),
-        (others, 2.0),
-        (others[:-1], 1.0),
+        (others[:-1], 1.5),
+        ([*others, item()], 1.0),
     ]
     if size > 2:  # of two, one twice is hardly a list
-        graded.append(([*items[:-1], items[0]], 3.0))
+        graded += [([*items[:-1], items[0]], 2.5), ([*others[:-1], others[0]], 1.0)]
     prompt = f"列出{size}个{name(rng, zh=True)}" if zh else f"Give {size} {words(rng, 1, 2)}."
     return prompt, numbered(items), [(numbered(listed), grade) for listed, grade in graded]
 
@@ -164,6 +165,24 @@ def similar(rng: Random, piece: Piece) -> Drawn:
             outputs.append((cut, cut_grade(len(cut) / len(reference), shares)))
     prompt = piece(rng, zh)[:200] if rng.random() < 0.8 else sentence(rng)
     return prompt, reference, outputs
+
+
+def overlap(rng: Random, piece: Piece) -> Drawn:
+    """Words of the reference among another text's, in order or not: the more of them, the better."""
+    zh = rng.random() < 0.35
+    most = rng.choice((12, 25, 50))
+    wanted, strange = (parts_of(piece(rng, zh))[:most] for _ in range(2))
+
+    def mixture(share: float) -> str:
+        chosen = [*rng.sample(range(len(wanted)), round(share * len(wanted)))]
+        filled = [wanted[place] for place in (sorted(chosen) if in_order else chosen)]
+        for part in rng.sample(strange, round((1 - share) * len(strange))):
+            filled.insert(rng.randint(0, len(filled)), part)
+        return "".join(filled)
+
+    in_order = rng.random() < 0.6
+    shares = sorted(rng.sample((0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0), 5))
+    return sentence(rng), "".join(wanted), [(mixture(share), share) for share in shares]
 
 
 def cut_grade(kept: float, shares: Sequence[float]) -> float:
@@ -201,7 +220,7 @@ def solution(rng: Random, piece: Piece, questions: Sequence[tuple[str, str]]) ->
     return prompt, reference, outputs
 
 
-KINDS: dict[str, Kind] = {task.__name__: task for task in (tiny, final_answer, fact, count, listing, similar)}
+KINDS: dict[str, Kind] = {task.__name__: task for task in (tiny, final_answer, fact, count, listing, similar, overlap)}
 
 
 def _choices(rng: Random, most: int) -> tuple[str, Callable[[], str]]:

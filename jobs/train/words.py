@@ -122,11 +122,16 @@ def other_than(text: str, make: Callable[[], str]) -> str:
     return other
 
 
+def parts_of(text: str) -> list[str]:
+    """Words with the space after them, or Han characters: put together they are the text."""
+    return _PARTS.findall(text)
+
+
 def edit(rng: Random, text: str, share: float, other: str) -> str:
     """`text` with about that share of its words, or Han characters, replaced by `other`'s, lost, or followed by one."""
-    strangers = _PARTS.findall(other) or ["x "]
+    strangers = parts_of(other) or ["x "]
     edited: list[str] = []
-    for part in _PARTS.findall(text):
+    for part in parts_of(text):
         if rng.random() >= share:
             edited.append(part)
             continue

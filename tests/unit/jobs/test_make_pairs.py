@@ -10,7 +10,7 @@ import make_pairs
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from make_pairs import HELD_OUT, LONGEST_TEXT, MOST_PAIRS_OF_A_GROUP, STAGES, Group, pairs_of
+from make_pairs import HELD_OUT, LONGEST_TEXT, MOST_PAIRS_OF_A_GROUP, OF_POLICIES, STAGES, Group, pairs_of
 from sources import Sources, held_out
 from synthetic import CUT_TOLERANCE, KINDS, MARKS, count, cut_grade, similar, solution
 from typer.testing import CliRunner
@@ -19,6 +19,7 @@ from words import edit, number, perturb
 TEXT = "The quick brown fox jumps over the lazy dog, and 12 more foxes follow it into the garden behind the house."
 HAN = "北京是中国的首都，上海是中国最大的城市，长江是中国最长的河流，黄河是第二长的河流。"
 QUESTIONS = 60
+POLICIES = 9
 
 
 def piece(rng: Random, zh: bool) -> str:
@@ -94,17 +95,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "prompt": f"question {id}",
             "policy": f"policy-{policy}",
             "family": f"family-{policy // 2}",
-            "output": f"{TEXT} sample {sample} of policy {policy} for {id}",
+            "output": f"{TEXT} {f'Style {policy}! ' * policy}Sample {sample} of policy {policy} for {id}",
+            "ended": bool(policy % 2),
         }
         for id in prompts
-        for policy in range(6)
+        for policy in range(POLICIES)
         for sample in range(2)
     ]
     write(folder / "multi_policy.parquet", [{"row": row, **output} for row, output in enumerate(outputs)])
     write(
         folder / "polar_pairs.parquet",
         [
-            {"prompt_id": id, "reference_row": 12 * at, "chosen_row": 12 * at + 1, "rejected_row": 12 * at + 5}
+            {
+                "prompt_id": id,
+                "reference_row": 2 * POLICIES * at,
+                "chosen_row": 2 * POLICIES * at + 1,
+                "rejected_row": 2 * POLICIES * at + 5,
+            }
             for at, id in enumerate(prompts)
         ],
     )
@@ -131,7 +138,7 @@ def test_a_stage_has_its_groups_and_sources(data: Path, tmp_path: Path, stage: s
     assert {row["source"] for row in rows} == wanted
     wrappers = {(row["source"], row["wrapper"]) for row in rows}
     assert {"sft", "pretrain"} == {wrapper for source, wrapper in wrappers if source in KINDS}
-    assert all(wrapper == "pretrain" for source, wrapper in wrappers if source == "same-policy")
+    assert all(wrapper == "pretrain" for source, wrapper in wrappers if source in OF_POLICIES)
     assert all(wrapper == "sft" for source, wrapper in wrappers if source in {"qa", "gsm8k", "chinese"})
 
 
@@ -173,7 +180,7 @@ def test_the_file_says_where_its_texts_come_from(data: Path, tmp_path: Path) -> 
 
 
 def test_an_unknown_stage_is_refused(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(make_pairs.typer.BadParameter, match="expected copy, answers, everything or held-out"):
+    with pytest.raises(make_pairs.typer.BadParameter, match="expected copy, answers, likeness, everything or held-out"):
         make_pairs.main(data, "all", tmp_path / "pairs.parquet")
 
 
