@@ -29,7 +29,7 @@ python jobs/train/make_pairs.py --data "$data" --stage held-out --output "$build
 train copy base max_packed_tokens=2048 max_steps=400
 train answers copy max_steps=500
 train likeness answers max_steps=900 optimizer.muon_learning_rate=2.5e-3 optimizer.learning_rate=6e-4
-train everything likeness max_steps=500 optimizer.muon_learning_rate=1.5e-3 optimizer.learning_rate=4e-4 \
+train everything likeness max_steps=400 optimizer.muon_learning_rate=1.5e-3 optimizer.learning_rate=4e-4 \
     save_dtype=bfloat16
 
 polar-ray evaluate "$build/pairs/held-out.parquet" --by source --model "$build/polar-tiny-everything" \

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -146,8 +147,11 @@ def test_cut_tokens_are_shown_and_long_texts_unfold(page, address):
     assert text.rect["height"] > 10 * folded
 
 
-def test_an_untrained_model_says_so(page):
-    assert "rewards are random numbers" in page.text("#untrained")
+def test_an_untrained_model_says_so_and_no_other(page, browser):
+    assert not page.shows("#untrained")
+    config = serve_config()
+    with running_endpoint(config, replace(fake_model(config), untrained=True)) as address:
+        assert "rewards are random numbers" in Page(browser, address).text("#untrained")
 
 
 def test_the_reply_is_accounted_for(page, address):

@@ -31,7 +31,7 @@ def model_of(engine, config: ServeConfig) -> Model:
     """A model over `engine`, an `Engine` object of the test's own."""
     tokenizer = PolarTokenizer(EMBEDDED_FOLDER)
     receipt = build_receipt(EMBEDDED_FOLDER, tokenizer, config.engine, config.limits)
-    return Model("embedded", receipt, True, Scorer(Encoder(tokenizer, config.limits), engine))
+    return Model("embedded", receipt, False, Scorer(Encoder(tokenizer, config.limits), engine))
 
 
 def fake_model(config: ServeConfig, seconds_per_token: float = 0.0) -> Model:

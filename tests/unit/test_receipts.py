@@ -80,4 +80,4 @@ def test_what_no_engine_can_do_is_refused():
 
 def test_the_embedded_model_says_what_it_is():
     assert locate_model("embedded") == EMBEDDED_FOLDER
-    assert is_untrained(EMBEDDED_FOLDER)
+    assert not is_untrained(EMBEDDED_FOLDER)

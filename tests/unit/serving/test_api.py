@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import time
+from dataclasses import replace
 
 import httpx
 import pyarrow as pa
@@ -467,9 +468,17 @@ def test_the_model_tells_its_receipt_and_limits():
         assert model.receipt_id == service.receipt_id
         assert model.receipt["engine"] == "fake"
         assert model.limits.max_rows == 16384
-        assert model.untrained
+        assert not model.untrained
 
     with_api(test)
+
+
+def test_the_model_tells_that_it_is_untrained():
+    async def test(client, service):
+        assert (await client.get("/v1/models")).json()["data"][0]["untrained"] is True
+
+    config = serve_config()
+    with_api(test, config, replace(fake_model(config), untrained=True))
 
 
 def test_metrics_count_what_was_answered():
