@@ -1,6 +1,6 @@
 """The smallest proof that the rewards teach: a policy learns answers from an endpoint's rewards alone.
 
-A tiny policy first learns the form of an answer, and the right one no better than one time in four. Then TRL's GRPO
+A tiny policy first learns the form of an answer, and the right one about one time in three. Then TRL's GRPO
 trains it on the rewards that a running endpoint gives its answers. Nothing else tells it which answer is right.
 
     polar-ray serve --set limits.on_empty=score &
@@ -157,7 +157,7 @@ def main(
             num_generations=GENERATIONS,
             per_device_train_batch_size=GENERATIONS * len(CAPITALS),
             max_completion_length=4,
-            learning_rate=1e-3,
+            learning_rate=3e-4,
             beta=0.0,
             logging_steps=1,
             report_to=[],

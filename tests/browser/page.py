@@ -41,8 +41,9 @@ class Page:
         WebDriverWait(self.browser, ANSWER_S).until(lambda _: condition())
 
     def press(self, name):
-        """Click the button that says `name`."""
-        self.browser.find_element(By.XPATH, f"//button[normalize-space()='{name}']").click()
+        """Click the first button in sight that says `name`."""
+        buttons = self.browser.find_elements(By.XPATH, f"//button[normalize-space()='{name}']")
+        next(button for button in buttons if button.is_displayed()).click()
 
     def fill_in(self, prompt, reference, outputs):
         """The group's texts, set at once: a driver's keys do not know every character."""

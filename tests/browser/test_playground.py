@@ -141,7 +141,7 @@ def test_cut_tokens_are_shown_and_long_texts_unfold(page, address):
     cut = asked(address, group_of(page))[0]["cut_tokens"]
     page.score()
     assert page.texts("#ranking .tag") == [f"\u26a0 {cut:,} tokens cut"]
-    text = page.find("#ranking .clamped")
+    text = max(page.find_all("#ranking .clamped"), key=lambda found: len(found.get_property("textContent")))
     folded = text.rect["height"]
     page.press("Show all")
     assert text.rect["height"] > 10 * folded
