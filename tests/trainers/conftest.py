@@ -6,13 +6,16 @@ from pathlib import Path
 import pytest
 
 from polar_ray import Scorer
-from polar_ray.config import EngineConfig
+from polar_ray.config import EngineConfig, LimitsConfig
 from polar_ray.trainers.connection import close_connections
 from tests.support.endpoint import running_endpoint, serve_config
 
 CLIENTS = Path(__file__).parents[2] / ".clients"
 
 ENGINE = {"kind": "torch", "device": "cpu", "dtype": "float32"}
+
+LIMITS = {"on_empty": "score"}
+"""A tiny random policy may answer with nothing."""
 
 
 @pytest.fixture(scope="session")
@@ -25,8 +28,8 @@ def clients():
 
 @pytest.fixture(scope="session")
 def address():
-    """The real API over the torch engine. A tiny random policy may answer with nothing, so that is scored as well."""
-    with running_endpoint(serve_config(engine=ENGINE, limits={"on_empty": "score"})) as address:
+    """The real API over the torch engine."""
+    with running_endpoint(serve_config(engine=ENGINE, limits=LIMITS)) as address:
         yield address
         close_connections()
 
@@ -41,5 +44,5 @@ def endpoint_in_environment(address, monkeypatch):
 @pytest.fixture(scope="session")
 def scorer():
     """What every reward is compared with."""
-    with Scorer.open(engine=EngineConfig(**ENGINE)) as scorer:
+    with Scorer.open(engine=EngineConfig(**ENGINE), limits=LimitsConfig(**LIMITS)) as scorer:
         yield scorer
