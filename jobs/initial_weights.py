@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 
 from polar_ray.model.architecture import CheckpointConfig, merge_wqkv
@@ -88,7 +91,9 @@ def initial_weights(config: CheckpointConfig, seed: int, separator: int) -> dict
             written[MEASURES] = 0
         if layer == 0:
             _look_back(queries, keys, config, generator)
-        _measure_overlap(layer, queries, keys, values, mixed, config, generator)
+        by_head = [part.view(-1, config.head_dim, hidden) for part in (queries, keys, values)]
+        heads = _Heads(by_head[0], by_head[1], by_head[2], mixed.view(hidden, -1, config.head_dim))
+        _measure_overlap(layer, heads, generator)
         gate, up = (normal(inner, hidden, hidden**-0.5) for _ in range(2))
         if layer == 2:
             _measure_lengths(gate, up, inward)
@@ -124,9 +129,7 @@ def _look_back(queries: torch.Tensor, keys: torch.Tensor, config: CheckpointConf
     turns both by their positions, and their product is largest where key and query are an offset apart.
     """
     size, half = config.head_dim, config.head_dim // 2
-    # The norm divides an embedding by the root of its mean square, of which the constant has its share.
-    constant = CONSTANT / (EMBEDDING_STD**2 + CONSTANT**2 / config.hidden_size) ** 0.5
-    strength = (OFFSET_SHARPNESS * size**0.5) ** 0.5 / constant
+    strength = (OFFSET_SHARPNESS * size**0.5) ** 0.5 / _normed_constant(config.hidden_size)
     amplitudes = torch.zeros(half)
     amplitudes[:OFFSET_FREQUENCIES] = strength
     frequencies = config.rope_theta ** (-torch.arange(half) * 2 / size)
@@ -141,59 +144,82 @@ def _look_back(queries: torch.Tensor, keys: torch.Tensor, config: CheckpointConf
         key[:, 0] = torch.cat([amplitudes, torch.zeros(half)])
 
 
-def _measure_overlap(
-    layer: int,
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mixed: torch.Tensor,
-    config: CheckpointConfig,
-    generator: torch.Generator,
-) -> None:
+@dataclass(frozen=True)
+class _Heads:
+    """A layer's attention, head by head: views, and what is written to them is written to the weights."""
+
+    queries: torch.Tensor
+    """`[heads, head_dim, hidden]`; of keys and values `[groups, head_dim, hidden]`."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    mixed: torch.Tensor
+    """`[hidden, heads, head_dim]`"""
+
+    def of_group(self, group: int) -> slice:
+        """The heads that share these keys and values."""
+        per_key = len(self.queries) // len(self.keys)
+        return slice(group * per_key, (group + 1) * per_key)
+
+    @property
+    def slow(self) -> torch.Tensor:
+        """Places in a head of both parts of the slowest rotary frequencies."""
+        half = self.keys.shape[1] // 2
+        slow = torch.arange(half - SLOWEST, half)
+        return torch.cat([slow, slow + half])
+
+    def attend_to_flagged(self, group: int, logit: float) -> None:
+        """From every token, to those whose FLAG is about the constant."""
+        size, slowest = self.keys.shape[1], self.slow[SLOWEST - 1]
+        self.keys[group] = 0
+        self.keys[group, slowest, FLAG] = 1.0
+        self.queries[self.of_group(group)] = 0
+        self.queries[self.of_group(group), slowest, 0] = logit * size**0.5 / _normed_constant(self.keys.shape[2]) ** 2
+
+    def attend_to_like(self, group: int, logit: float, generator: torch.Generator) -> None:
+        """From every token, to those like it, itself among them."""
+        size, hidden = self.keys.shape[1:]
+        self.keys[group] = 0
+        self.keys[group, self.slow] = torch.randn(len(self.slow), hidden, generator=generator) * len(self.slow) ** -0.5
+        self.keys[group, :, [0, *MEASURES]] = 0
+        # The mean square of a normed token's components is 1, and a key adds up nearly all of them.
+        self.queries[self.of_group(group)] = self.keys[group] * logit * size**0.5 / hidden
+
+    def carry(self, group: int, heads: slice, read: dict[int, float], write: int) -> None:
+        """Let heads of a group add a sum of components of what they attend to to a component of their own token."""
+        self.values[group, 0] = 0
+        for component, factor in read.items():
+            self.values[group, 0, component] = factor
+        self.mixed[:, heads, 0] = 0
+        self.mixed[write, heads, 0] = 1.0
+
+
+def _measure_overlap(layer: int, heads: _Heads, generator: torch.Generator) -> None:
     """Make a layer's last heads a step of the way from tokens to what output and reference share, in place.
 
     The first layer's look for the separator: who sees it is of the second half, and its FLAG is set. The second
-    layer's look for the same token anywhere and take what is of the first half: MATCH. The last layers' take the mean
-    of MATCH over the second half, which at the last token is SHARED.
+    layer's look for the same token anywhere and take what is of the first half, MATCH; one more counts flags, SECOND.
+    The last layers' take the mean of MATCH over the second half, which at the last token is SHARED.
     """
-    size, per_key = config.head_dim, config.queries_per_key
-    slow = torch.arange(size // 2 - SLOWEST, size // 2)
-    slow = torch.cat([slow, slow + size // 2])
-    scale = EMBEDDING_STD**2 + CONSTANT**2 / config.hidden_size
-    constant = CONSTANT / scale**0.5
-    if layer == 1:  # a head that attends to all tokens alike, and counts flags
-        queries.view(-1, size, config.hidden_size)[per_key : 2 * per_key] = 0
-        values.view(-1, size, config.hidden_size)[1, 0] = 0
-        values.view(-1, size, config.hidden_size)[1, 0, FLAG] = 1.0
-        mixed[:, per_key * size] = 0
-        mixed[SECOND, per_key * size] = 1.0
-    groups = range(2, 4) if layer == 1 else range(3, 4)
-    for group in groups:
-        key, value = (part.view(-1, size, config.hidden_size)[group] for part in (keys, values))
-        heads = range(group * per_key, (group + 1) * per_key)
-        key.zero_()
-        value[0] = 0
-        if layer == 1:
-            key[slow] = torch.randn(len(slow), config.hidden_size, generator=generator) * len(slow) ** -0.5
-            key[:, [0, *MEASURES]] = 0
-            # The mean square of a normed token is 1; of 256 components these few see their share.
-            query = key * MATCH_LOGIT * size**0.5 / config.hidden_size
-            value[0, 0], value[0, FLAG] = 0.2, -0.2
-        elif layer == 0:
-            query = torch.zeros_like(key)
-            key[slow[SLOWEST - 1], FLAG] = 1.0
-            query[slow[SLOWEST - 1], 0] = FLAG_LOGIT * size**0.5 / constant**2
-            value[0, FLAG] = 0.3
-        else:
-            query = torch.zeros_like(key)
-            key[slow[SLOWEST - 1], FLAG] = 1.0
-            query[slow[SLOWEST - 1], 0] = OUTPUT_LOGIT * size**0.5 / constant**2
-            value[0, MATCH] = 0.5
-        for head in heads:
-            queries.view(-1, size, config.hidden_size)[head] = query
-            mixed[:, head * size] = 0
-            row = (FLAG, MATCH, SHARED, SHARED)[layer]
-            mixed[row, head * size] = 1.0
+    last = len(heads.keys) - 1
+    if layer == 0:
+        heads.attend_to_flagged(last, FLAG_LOGIT)
+        heads.carry(last, heads.of_group(last), {FLAG: 0.3}, FLAG)
+    elif layer == 1:
+        evenly = heads.of_group(1)
+        heads.queries[evenly] = 0
+        heads.carry(1, slice(evenly.start, evenly.start + 1), {FLAG: 1.0}, SECOND)
+        for group in (last - 1, last):
+            heads.attend_to_like(group, MATCH_LOGIT, generator)
+            heads.carry(group, heads.of_group(group), {0: 0.2, FLAG: -0.2}, MATCH)
+    else:
+        heads.attend_to_flagged(last, OUTPUT_LOGIT)
+        heads.carry(last, heads.of_group(last), {MATCH: 0.5}, SHARED)
+
+
+def _normed_constant(hidden: int) -> float:
+    """The constant after the norm, which divides an embedding by the root of its mean square."""
+    return CONSTANT / math.sqrt(EMBEDDING_STD**2 + CONSTANT**2 / hidden)
 
 
 def _measure_lengths(gate: torch.Tensor, up: torch.Tensor, inward: torch.Tensor) -> None:

@@ -57,8 +57,11 @@ ENGLISH_BELOW = 0.01
 UNUSED_TOKENS = 147
 """InternLM2's user-defined symbols `[UNUSED_TOKEN_0]` to `[UNUSED_TOKEN_146]`."""
 
+SEPARATOR = 0
+"""Number of the unused token that separates the halves of a triple."""
+
 DECLARED_TOKENS = {
-    0: "<|reward|>",
+    SEPARATOR: "<|reward|>",
     141: "<|plugin|>",
     142: "<|interpreter|>",
     143: "<|action_end|>",
@@ -66,9 +69,8 @@ DECLARED_TOKENS = {
     145: "<|im_end|>",
     146: "<|im_start|>",
 }
-"""Number of the unused token to the name POLAR gives it. The first one separates the halves of a triple."""
+"""Number of the unused token to the name POLAR gives it."""
 
-SEPARATOR = 0
 SCORE_TOKEN = 130
 """Number of the unused token whose position the reward is read from; POLAR gives it no name."""
 

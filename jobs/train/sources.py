@@ -152,8 +152,7 @@ class Sources:
         choices: list[tuple[int, int, int]] = []
         while len(choices) < CHOICES_OF_THE_TEACHER:
             policies = rng.choice(self._policies)
-            policy = rng.choice([policy for policy, rows in policies.items() if len(rows) > 1])
-            reference, chosen = rng.sample(policies[policy], 2)
+            policy, reference, chosen = _two_of_one_policy(rng, policies)
             other = rng.choice([other for other in policies if other != policy])
             choices.append((reference["row"], chosen["row"], rng.choice(policies[other])["row"]))
         rows = self._policy_rows
@@ -219,10 +218,17 @@ def _some(rng: Random, outputs: Sequence[Graded]) -> list[Graded]:
     return [output for grade in rng.sample(grades, min(3, len(grades))) for output in by_grade[grade][:3]]
 
 
-def _same_policy(rng: Random, policies: dict[str, list[dict[str, Any]]]) -> Drawn:
-    """Two answers of one policy, as reference and as the better output; below it others', kin and strangers."""
+def _two_of_one_policy(
+    rng: Random, policies: dict[str, list[dict[str, Any]]]
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
     policy = rng.choice([policy for policy, rows in policies.items() if len(rows) > 1])
     reference, chosen = rng.sample(policies[policy], 2)
+    return policy, reference, chosen
+
+
+def _same_policy(rng: Random, policies: dict[str, list[dict[str, Any]]]) -> Drawn:
+    """Two answers of one policy, as reference and as the better output; below it others', kin and strangers."""
+    policy, reference, chosen = _two_of_one_policy(rng, policies)
     kin: list[str] = []
     strangers: list[str] = []
     for other, rows in policies.items():

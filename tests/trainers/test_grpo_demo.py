@@ -8,18 +8,14 @@ from statistics import fmean
 
 import pytest
 
-from tests.support.endpoint import running_endpoint, serve_config
-
 SCRIPT = Path(__file__).resolve().parents[2] / "jobs" / "grpo_demo.py"
 STEPS = 60
 
 
 @pytest.mark.timeout(300)
-def test_a_policy_learns_from_the_endpoints_rewards(tmp_path):
-    config = serve_config(engine={"kind": "torch", "device": "cpu", "dtype": "float32"}, limits={"on_empty": "score"})
-    with running_endpoint(config) as address:
-        command = [sys.executable, SCRIPT, "--address", address, "--output", tmp_path, "--steps", str(STEPS)]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_a_policy_learns_from_the_endpoints_rewards(address, tmp_path):
+    command = [sys.executable, SCRIPT, "--address", address, "--output", tmp_path, "--steps", str(STEPS)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads((tmp_path / "grpo.json").read_text())
     rewards, right = found["rewards"], found["right"]
