@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from filelock import FileLock, Timeout
 from pydantic import BaseModel
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -31,7 +31,7 @@ from polar_ray.errors import ConfigError, OutputError, PolarRayError, TrainingEr
 from polar_ray.model.checkpoint import Checkpoint, weights_digest
 from polar_ray.model.locate import absolute_model, locate_model
 from polar_ray.model.rope import Rope
-from polar_ray.report.wording import number
+from polar_ray.report.wording import plural
 from polar_ray.training.board import Board
 from polar_ray.training.manifest import (
     FILE,
@@ -52,10 +52,15 @@ from polar_ray.triples import STATUS_OK
 SLICE_PAIRS = 4096
 """Pairs of one file of encoded pairs."""
 
+NAMESPACE = "polar_ray"
+"""Of names that are known throughout a cluster."""
+
 OBJECT_STORE_BYTES = 512 << 20
 """Of a cluster started for one run: packs on their way to the workers."""
 
 POLL_SECONDS = 0.25
+
+LOCK_FILE = "lock"
 
 KEPT_CHECKPOINTS = 2
 
@@ -136,6 +141,9 @@ def train(
     same order; run again after success, it changes nothing. `fresh` discards what an earlier run left in `output`.
     Uses the Ray cluster this process is connected to, else the one at RAY_ADDRESS, else one on this machine.
 
+    An output has one run at a time: beside another start of it, on this machine or on the same cluster, this one ends
+    with `OutputError`. Whatever ends the call, Ctrl-C in a notebook too, ends the workers.
+
     Raises `InputError`, `SchemaError`, `OutputError`, `ManifestConflict`, `ConfigError`, `CheckpointError` or
     `TooManyFailures` before any worker starts, and `TrainingError` from a run that cannot go on.
     """
@@ -144,13 +152,13 @@ def train(
     config = config.model_copy(update={"model": absolute_model(config.model)})
     names = input_names(inputs)
     place = Location(str(output)).absolute()
-    with ExitStack() as cluster:
-        manifest = _begin(place, names, config, progress, fresh=fresh)
+    with ExitStack() as held:
+        manifest = _begin(place, names, config, progress, held, fresh=fresh)
         if (done := _finished(place)) is not None:
             return done
         board = Board(place)
         with progress.stage("connecting to Ray"):
-            cluster.enter_context(ray_cluster(OBJECT_STORE_BYTES))
+            held.enter_context(ray_cluster(OBJECT_STORE_BYTES))
         config = _resolve(config)
         with progress.counted("encoding pairs", len(manifest.slices)) as on_file:
             pairs = prepare_pairs(place, manifest, on_file)
@@ -162,9 +170,12 @@ def train(
 
 
 def _begin(
-    output: Location, names: list[str], config: TrainConfig, progress: TrainProgress, *, fresh: bool
+    output: Location, names: list[str], config: TrainConfig, progress: TrainProgress, held: ExitStack, *, fresh: bool
 ) -> TrainingManifest:
-    """The run's manifest: the one that `output` has, if it is of this very run, else a new one, written."""
+    """The run's manifest: the one that `output` has, if it is of this very run, else a new one, written.
+
+    From before anything is written until `held` is closed, a local output is this process's.
+    """
     folder = locate_model(config.model, config.revision)
     if output.is_local and Path(output.path).resolve() == folder.resolve():
         raise OutputError(f"{output.url}: is the model to start from; choose another output")
@@ -181,14 +192,30 @@ def _begin(
     if is_ours and not fresh:
         before = load_manifest(output)
         check_same_run(before, now, output)
+        if not output.join(METRICS_FILE).exists():
+            _lock(output, held)
         return before.model_copy(update={"config": config})
     if not is_ours and output.join("config.json").exists():
         raise OutputError(f"{output.url}: holds a checkpoint that no run of ours left there; choose another output")
     check_writable(output)
+    _lock(output, held)
     if is_ours:
         _discard(output)
     save_manifest(output, now)
     return now
+
+
+def _lock(output: Location, held: ExitStack) -> None:
+    """Keep other processes of this machine out of a local output; the system gives it back when this one ends."""
+    if output.is_local:
+        try:
+            held.enter_context(FileLock(Path(output.path, FOLDER, LOCK_FILE), timeout=0))
+        except Timeout:
+            raise _taken(output) from None
+
+
+def _taken(output: Location) -> OutputError:
+    return OutputError(f"{output.url}: another run is training into it; wait for it, or choose another output")
 
 
 def _check_lengths(checkpoint: Checkpoint, config: TrainConfig) -> None:
@@ -240,45 +267,53 @@ def _resolve(config: TrainConfig) -> TrainConfig:
 def _describe(pairs: PreparedPairs, schedule: Schedule) -> str:
     """What lies ahead, in one line."""
     steps, computed = schedule.n_steps, schedule.computed_tokens
-    return f"{number(pairs.usable)} pairs, {number(steps)} steps, {number(computed)} tokens to compute"
+    return f"{plural(pairs.usable, 'pair')}, {plural(steps, 'step')}, {plural(computed, 'token')} to compute"
 
 
 def _run(task: TrainTask, progress: TrainProgress, board: Board) -> tuple[int, list[StepReport]]:
-    """Train, with `fit` in a thread so that this one can watch and draw.
+    """Train, with `fit` in an actor so that this process can watch and draw.
 
     Gives how often workers were started, and every step as it was last taken.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     tracker: Any = ray.remote(TrainingTracker).options(num_cpus=0, scheduling_strategy=here).remote()
-    outcome: list[BaseException | None] = []
+    fit: Any = ray.remote(_Fit).options(
+        num_cpus=0, scheduling_strategy=here, name=f"train {task.output.url}", namespace=NAMESPACE
+    )
+    try:
+        fit = fit.remote()
+    except ValueError:  # the name is taken
+        raise _taken(task.output) from None
+    try:
+        outcome = fit.run.remote(task, tracker)
+        with progress.training() as show:
+            while True:
+                ended, _ = ray.wait([outcome], timeout=POLL_SECONDS)
+                reports, starts, finished, failure = ray.get(tracker.poll.remote(board.last_step))
+                if failure is not None:
+                    raise failure
+                board.add(reports)
+                show(reports)
+                if ended:
+                    break
+        board.close()
+        if (failure := ray.get(outcome)) is not None or not finished:
+            raise failure or _explain(None)
+    finally:
+        ray.kill(fit)
+    return starts, ray.get(tracker.poll.remote(0))[0]
 
-    def fit() -> None:
+
+class _Fit:
+    """Ray Train's controller and workers, which end when this actor does: they are its own."""
+
+    def run(self, task: TrainTask, tracker: Any) -> PolarRayError | None:
+        """Train to the end; gives the reason if that was not it."""
         try:
             _trainer(task, tracker).fit()
-            outcome.append(None)
-        except BaseException as error:  # whatever it is, it is the main thread's to raise
-            outcome.append(error)
-
-    thread = threading.Thread(target=fit, daemon=True)
-    thread.start()
-    with progress.training() as show:
-        while thread.is_alive():
-            reports, _, _, failure = ray.get(tracker.poll.remote(board.last_step))
-            if failure is not None:
-                raise failure
-            board.add(reports)
-            show(reports)
-            thread.join(POLL_SECONDS)
-        reports, starts, finished, failure = ray.get(tracker.poll.remote(0))
-        new = [report for report in reports if report.step > board.last_step]
-        board.add(new)
-        show(new)
-    board.close()
-    if failure is not None:
-        raise failure
-    if outcome[0] is not None or not finished:
-        raise _explain(outcome[0]) from None
-    return starts, reports
+        except Exception as error:
+            return _explain(error)
+        return None
 
 
 def _trainer(task: TrainTask, tracker: Any) -> TorchTrainer:

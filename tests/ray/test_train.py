@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -18,7 +20,9 @@ from polar_ray.config import EngineConfig, TrainConfig
 from polar_ray.errors import ConfigError, ManifestConflict, OutputError, TooManyFailures, TrainingError
 from polar_ray.model.locate import EMBEDDED_FOLDER
 from polar_ray.scoring import Scorer
+from polar_ray.training import job
 from polar_ray.training.job import train
+from polar_ray.training.progress import SilentTrainProgress
 from polar_ray.triples import Triple
 from tests.support.checkpoints import write_checkpoint
 
@@ -181,6 +185,61 @@ def test_weights_that_run_away_end_the_run_at_once(cluster, base, pairs, tmp_pat
         train(pairs, tmp_path / "out", TrainConfig(model=str(base), **settings))
 
 
+class OnFirstStep(SilentTrainProgress):
+    """Calls something, once, in the middle of a run."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
+
+    @contextmanager
+    def training(self):
+        def show(reports):
+            if reports and (call := self._call):
+                self._call = None
+                call()
+
+        yield show
+
+
+def training_workers(driver: int) -> list[psutil.Process]:
+    """Below a process that started its own cluster."""
+    found = []
+    for process in psutil.Process(driver).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it ended just now
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def test_an_interrupted_run_leaves_no_worker_and_can_go_on(trained, cluster, base, pairs, tmp_path):
+    def interrupt() -> None:
+        assert training_workers(os.getpid())
+        raise KeyboardInterrupt
+
+    config = TrainConfig(model=str(base), **SETTINGS)
+    with pytest.raises(KeyboardInterrupt):
+        train(pairs, tmp_path / "out", config, progress=OnFirstStep(interrupt))
+    deadline = time.monotonic() + DEADLINE_S
+    while training_workers(os.getpid()):
+        assert time.monotonic() < deadline, "a worker is still there"
+        time.sleep(0.1)
+    train(pairs, tmp_path / "out", config)
+    assert_same_trajectory(steps_of(tmp_path / "out"), steps_of(trained[0]))
+
+
+@pytest.mark.parametrize("locked", [True, False], ids=["on one machine", "on one cluster"])
+def test_an_output_has_one_run_at_a_time(cluster, base, pairs, tmp_path, monkeypatch, locked):
+    config = TrainConfig(model=str(base), **SETTINGS, max_steps=4)
+    if not locked:  # as for an output in an object store
+        monkeypatch.setattr(job, "_lock", lambda output, held: None)
+
+    def start_again() -> None:
+        with pytest.raises(OutputError, match="another run is training into it"):
+            train(pairs, tmp_path / "out", config)
+
+    assert train(pairs, tmp_path / "out", config, progress=OnFirstStep(start_again)).steps == 4
+
+
 def start(base: Path, pairs: Path, output: Path) -> subprocess.Popen:
     """The run as its own driver, with its own cluster."""
     (output.parent / "settings.toml").write_text(
@@ -214,11 +273,7 @@ def finish(run: subprocess.Popen) -> dict:
 def test_a_killed_worker_is_replaced_and_follows_the_same_trajectory(trained, base, pairs, tmp_path):
     run = start(base, pairs, tmp_path / "out")
     wait_for_a_checkpoint(run, tmp_path / "out")
-    workers = [
-        child
-        for child in psutil.Process(run.pid).children(recursive=True)
-        if "RayTrainWorker" in " ".join(child.cmdline())
-    ]
+    workers = training_workers(run.pid)
     assert workers, "no training process was found"
     workers[0].kill()
     summary = finish(run)
