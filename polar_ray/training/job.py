@@ -212,6 +212,8 @@ def _lock(output: Location, held: ExitStack) -> None:
             held.enter_context(FileLock(Path(output.path, FOLDER, LOCK_FILE), timeout=0))
         except Timeout:
             raise _taken(output) from None
+        except OSError as error:
+            raise OutputError(f"{output.url}: cannot be written ({error})") from None
 
 
 def _taken(output: Location) -> OutputError:
