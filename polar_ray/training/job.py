@@ -193,6 +193,7 @@ def _begin(
         before = load_manifest(output)
         check_same_run(before, now, output)
         if not output.join(METRICS_FILE).exists():
+            check_writable(output)
             _lock(output, held)
         return before.model_copy(update={"config": config})
     if not is_ours and output.join("config.json").exists():
@@ -212,8 +213,6 @@ def _lock(output: Location, held: ExitStack) -> None:
             held.enter_context(FileLock(Path(output.path, FOLDER, LOCK_FILE), timeout=0))
         except Timeout:
             raise _taken(output) from None
-        except OSError as error:
-            raise OutputError(f"{output.url}: cannot be written ({error})") from None
 
 
 def _taken(output: Location) -> OutputError:
