@@ -5,11 +5,17 @@ else; the environment is read for addresses and secrets only. The docstring unde
 """
 
 from polar_ray.config.base import EMBEDDED_MODEL, CutSide, Device, Dtype, RopeBase, Settings
-from polar_ray.config.environment import endpoint_address, endpoint_token, ray_address, tokens_from_environment
+from polar_ray.config.environment import (
+    endpoint_address,
+    endpoint_token,
+    engine_token,
+    ray_address,
+    tokens_from_environment,
+)
 from polar_ray.config.evaluation import EvaluateColumnsConfig, EvaluateConfig, Layout
 from polar_ray.config.pairs import PairColumnsConfig
 from polar_ray.config.reading import config_from_arguments, load_config, validate
-from polar_ray.config.scoring import ColumnsConfig, EngineConfig, LimitsConfig, ScoreConfig
+from polar_ray.config.scoring import OTHER_ENGINES, ColumnsConfig, EngineConfig, LimitsConfig, ScoreConfig
 from polar_ray.config.serving import (
     AuthConfig,
     AutoscalingConfig,
@@ -22,6 +28,7 @@ from polar_ray.config.training import LoraConfig, LossConfig, OptimizerConfig, T
 
 __all__ = [
     "EMBEDDED_MODEL",
+    "OTHER_ENGINES",
     "AuthConfig",
     "AutoscalingConfig",
     "ColumnsConfig",
@@ -48,6 +55,7 @@ __all__ = [
     "config_from_arguments",
     "endpoint_address",
     "endpoint_token",
+    "engine_token",
     "load_config",
     "ray_address",
     "tokens_from_environment",

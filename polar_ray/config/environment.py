@@ -21,6 +21,11 @@ def endpoint_token() -> str | None:
     return os.environ.get("POLAR_RAY_TOKEN") or None
 
 
+def engine_token() -> str | None:
+    """The token to show a running server of another engine, from POLAR_RAY_ENGINE_TOKEN."""
+    return os.environ.get("POLAR_RAY_ENGINE_TOKEN") or None
+
+
 def ray_address() -> str | None:
     """The cluster to connect to, from RAY_ADDRESS; None: start one on this machine for the time being."""
     return os.environ.get("RAY_ADDRESS") or None

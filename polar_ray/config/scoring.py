@@ -9,6 +9,11 @@ from pydantic import Field, model_validator
 from polar_ray.config.base import EMBEDDED_MODEL, CutSide, Device, Dtype, RopeBase, Settings, check_range, parse_range
 from polar_ray.config.columns import RowColumnsConfig
 
+EngineKind = Literal["torch", "vllm", "sglang", "lmdeploy", "serve", "fake"]
+
+OTHER_ENGINES = ("vllm", "sglang", "lmdeploy")
+"""Engines of other projects: they batch and share prefixes by themselves."""
+
 
 class LimitsConfig(Settings):
     """How long a triple may be, and what happens to one that is longer or empty."""
@@ -33,9 +38,10 @@ class LimitsConfig(Settings):
 class EngineConfig(Settings):
     """What turns token ids into rewards."""
 
-    kind: Literal["torch", "serve", "fake"] = "torch"
-    """`torch`: our own engine. `serve`: a running endpoint, asked in bulk. `fake`: a hash of the ids, for dry runs and
-    tests of everything around the model."""
+    kind: EngineKind = "torch"
+    """`torch`: our own engine. `vllm`, `sglang`, `lmdeploy`: theirs, in the actor's own process, as a server beside it
+    (`python`) or as one that runs already (`address`). `serve`: a running endpoint of ours, asked in bulk. `fake`: a
+    hash of the ids, for dry runs and tests of everything around the model."""
 
     dtype: Dtype = "auto"
     """Arithmetic of the model. `auto`: float32 on a CPU, the checkpoint's own dtype on a GPU."""
@@ -52,15 +58,39 @@ class EngineConfig(Settings):
     rope_base: RopeBase = "hf"
     """`hf`: the rotary base as trained. `sglang-static` exists to reproduce the rewards on POLAR's model card."""
 
+    deterministic: bool = False
+    """The same triple gets the same bits in any company, order and batch, shared or not. `torch` promises this at some
+    cost of speed; other engines get their own mode switched on, which promises what they promise."""
+
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs of one engine."""
+
+    max_tokens: int | None = Field(None, ge=1)
+    """Of `vllm`, `sglang` and `lmdeploy`: the longest sequence they are set up for. Left out: limits.max_tokens."""
 
     threads: int | None = Field(None, ge=1)
     """CPU threads of one engine. Left out: the CPUs its actor was given."""
 
     address: str | None = None
     """Of `serve`: the endpoint, as host:port or a URL. Left out: POLAR_RAY_ADDRESS. A token comes from POLAR_RAY_TOKEN,
-    which must be set where actors run."""
+    which must be set where actors run. Of `vllm`, `sglang` and `lmdeploy`: a server of theirs that runs already; its
+    token comes from POLAR_RAY_ENGINE_TOKEN."""
+
+    python: str | None = None
+    """Of `vllm`, `sglang` and `lmdeploy`: the Python interpreter that has the engine installed. Each actor then starts
+    a server with it, on the loopback of its node, and ends it. Left out, and without `address`: the engine runs in the
+    actor's process, whose environment must have it."""
+
+    arguments: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Of `vllm`, `sglang` and `lmdeploy`: more of the engine's own arguments, by its names for them in Python
+    (`gpu_memory_utilization = 0.8`). They are part of the receipt."""
+
+    start_timeout_s: float = Field(900, gt=0)
+    """Of a server of the actor's own: how long it may take to load the model and answer."""
+
+    parity_tolerance: float | None = Field(None, ge=0)
+    """How far an engine may be from float32 on the parity panel at its start: root mean square over the spread of the
+    panel's rewards. Left out: what rounding in `dtype` explains. Raise it for a quantisation that is meant."""
 
     expect_receipt: str | None = None
     """Of `serve`: the endpoint's `receipt_id`; another is refused. Left out: the one it has when the job begins."""
@@ -69,17 +99,34 @@ class EngineConfig(Settings):
     """Of `serve`: requests of one actor that are under way at a time."""
 
     @model_validator(mode="after")
-    def _address_is_of_an_endpoint(self) -> Self:
-        if self.kind != "serve" and (self.address is not None or self.expect_receipt is not None):
-            raise ValueError("engine.address and engine.expect_receipt are for engine.kind = serve")
+    def _fields_are_of_this_kind(self) -> Self:
+        others = self.kind in OTHER_ENGINES
+        if self.expect_receipt is not None and self.kind != "serve":
+            raise ValueError("engine.expect_receipt is for engine.kind = serve")
+        if self.address is not None and not (others or self.kind == "serve"):
+            raise ValueError(f"engine.address is for engine.kind = serve, {', '.join(OTHER_ENGINES)}")
+        for name in ("python", "arguments", "max_tokens"):
+            if getattr(self, name) and not others:
+                raise ValueError(f"engine.{name} is for engine.kind = {', '.join(OTHER_ENGINES)}")
+        if self.address is not None and (self.python or self.arguments):
+            raise ValueError(
+                "engine.address: names a server that runs already; engine.python and engine.arguments are for one that "
+                "is started, so leave them out, or the address"
+            )
         if self.address is not None and "@" in self.address:
-            raise ValueError("engine.address: has a name or a token in it; put the token into POLAR_RAY_TOKEN")
+            token = "POLAR_RAY_ENGINE_TOKEN" if others else "POLAR_RAY_TOKEN"
+            raise ValueError(f"engine.address: has a name or a token in it; put the token into {token}")
         return self
 
     @property
+    def is_elsewhere(self) -> bool:
+        """Whether the engine runs already, with processors of its own."""
+        return self.kind == "serve" or self.address is not None
+
+    @property
     def gpus(self) -> int:
-        """GPUs that an engine needs where it runs; a running endpoint has its own."""
-        return self.tensor_parallel_size if self.device == "cuda" and self.kind != "serve" else 0
+        """GPUs that an engine needs where its actor runs."""
+        return self.tensor_parallel_size if self.device == "cuda" and not self.is_elsewhere else 0
 
 
 class ColumnsConfig(RowColumnsConfig):

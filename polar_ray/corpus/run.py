@@ -95,7 +95,7 @@ def plan_pool(config: ScoreConfig, n_units: int, nodes: Sequence[Mapping[str, fl
         fitting = sum(int(node.get("GPU", 0)) // engine.gpus for node in nodes)
         fewest, most = (min(count, n_units) for count in given or [max(1, fitting)] * 2)
         return Pool(fewest, most, engine.threads or 1, engine.gpus)
-    if engine.kind == "serve":  # the endpoint does the work, and more callers would only stand in its queue
+    if engine.is_elsewhere:  # the endpoint does the work, and more callers would only stand in its queue
         fewest, most = (min(count, n_units) for count in given or (1, 1))
         return Pool(fewest, most, engine.threads or 1, 0)
     cpus = [float(node.get("CPU", 0)) for node in nodes]

@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
+import importlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol, cast
 
-from polar_ray.config import EngineConfig, endpoint_address
+from polar_ray.config import OTHER_ENGINES, EngineConfig, endpoint_address
 from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.engines.base import Engine
 from polar_ray.errors import CheckpointError, ConfigError, ReceiptMismatch
+
+MODULES: Mapping[str, str] = {
+    "torch": "polar_ray.engines.torch.engine",
+    "vllm": "polar_ray.engines.vllm",
+    "sglang": "polar_ray.engines.sglang",
+    "lmdeploy": "polar_ray.engines.lmdeploy",
+    "serve": "polar_ray.engines.serve",
+    "fake": "polar_ray.engines.fake",
+}
+"""Where each `engine.kind` lives: an `EngineModule`."""
 
 DEFAULT_TOKEN_BUDGET = {"cpu": 4096, "cuda": 32768}
 """Computed tokens per call. On a CPU more gains nothing and falls out of the cache; a GPU needs tens of thousands to
 fill its matrix units, and 32768 keeps the widest activations of POLAR-7B under 2 GB."""
 
-ENDPOINT_TOKEN_BUDGET = 262144
-"""Of a call to a running endpoint: enough requests to keep `max_in_flight` of them under way."""
+OTHER_TOKEN_BUDGET = {"cpu": 16384, "cuda": 131072}
+"""Of a call to an engine that batches by itself: several of its own batches, so that it never waits for us."""
+
+HAVE_NO_WEIGHTS = ("fake", "serve")
+"""Engines that load none; a running endpoint has passed the parity gate where it started."""
+
+
+class EngineModule(Protocol):
+    """What the module of an engine offers."""
+
+    def start(self, folder: Path, engine: EngineConfig) -> Engine:
+        """The engine that resolved settings name, loaded. Raises `CheckpointError`, `ConfigError`, `EngineStartError`
+        or, of one that runs elsewhere, `EngineUnavailable`."""
+        ...
+
+    def engine_version(self, engine: EngineConfig) -> str:
+        """What computes, with its version, for the receipt. May ask an engine that runs elsewhere."""
+        ...
+
+
+def engine_module(kind: str) -> EngineModule:
+    return cast(EngineModule, importlib.import_module(MODULES[kind]))
 
 
 def resolve_engine(engine: EngineConfig, folder: Path, *, has_gpu: bool, max_tokens: int | None = None) -> EngineConfig:
@@ -30,49 +62,47 @@ def resolve_engine(engine: EngineConfig, folder: Path, *, has_gpu: bool, max_tok
     refuse_unsupported(engine)
     if engine.kind == "serve":
         return _resolve_endpoint(engine, folder, max_tokens)
-    device = engine.device if engine.device != "auto" else ("cuda" if has_gpu else "cpu")
+    on_gpu = has_gpu or engine.is_elsewhere  # one that runs elsewhere is a GPU's unless the settings say otherwise
+    device = engine.device if engine.device != "auto" else ("cuda" if on_gpu else "cpu")
     dtype = engine.dtype if engine.dtype != "auto" else (_checkpoint_dtype(folder) if device == "cuda" else "float32")
     if device == "cpu" and dtype == "float16":
         raise ConfigError("engine.dtype = 'float16': CPUs have no float16 matrix units; use bfloat16 or float32")
-    budget = engine.token_budget or DEFAULT_TOKEN_BUDGET[device]
-    return engine.model_copy(update={"device": device, "dtype": dtype, "token_budget": budget})
+    others = engine.kind in OTHER_ENGINES
+    budget = engine.token_budget or (OTHER_TOKEN_BUDGET if others else DEFAULT_TOKEN_BUDGET)[device]
+    resolved = engine.model_copy(update={"device": device, "dtype": dtype, "token_budget": budget})
+    return _with_length(resolved, folder, max_tokens) if others else resolved
 
 
 def refuse_unsupported(engine: EngineConfig) -> None:
     """Raise `ConfigError` for what no machine would make possible."""
-    if engine.tensor_parallel_size > 1:
+    if engine.tensor_parallel_size > 1 and engine.kind not in OTHER_ENGINES:
         raise ConfigError(
             f"engine.tensor_parallel_size = {engine.tensor_parallel_size}: engine {engine.kind!r} runs on one device; "
             "leave it at 1 and use more actors"
         )
+    if engine.kind == "lmdeploy" and not (engine.address or engine.python):
+        raise ConfigError(
+            "engine.kind = 'lmdeploy': runs as a server only; set engine.python to the interpreter that has lmdeploy, "
+            "or engine.address to a server that runs"
+        )
 
 
 def build_engine(engine: EngineConfig, folder: Path) -> Engine:
-    """The engine that resolved settings name, loaded. Raises `CheckpointError` or `EngineStartError`."""
-    budget = engine.token_budget or DEFAULT_TOKEN_BUDGET["cpu"]
-    if engine.kind == "serve":
-        from polar_ray.engines.serve import ServeEngine
+    """The engine that resolved settings name, loaded, and held against the weights' own rewards.
 
-        return ServeEngine.connect(
-            engine.address,
-            max_in_flight=engine.max_in_flight,
-            token_budget=budget,
-            expect_receipt=engine.expect_receipt,
-        )
-    if engine.kind == "fake":
-        from polar_ray.engines.fake import FakeEngine
+    Raises what `EngineModule.start` raises, and `EngineStartError` if it does not pass the parity gate.
+    """
+    built = engine_module(engine.kind).start(folder, engine)
+    if engine.kind in HAVE_NO_WEIGHTS:
+        return built
+    from polar_ray.engines.parity import check_parity
 
-        return FakeEngine(token_budget=budget)
-    from polar_ray.engines.torch.engine import TorchEngine
-
-    return TorchEngine.load(
-        folder,
-        dtype=engine.dtype,
-        device=engine.device,
-        token_budget=budget,
-        rope_base=engine.rope_base,
-        threads=engine.threads,
-    )
+    try:
+        check_parity(built, engine, folder)
+    except BaseException:
+        built.close()
+        raise
+    return built
 
 
 def describe_engine(engine: EngineConfig, folder: Path) -> dict[str, str]:
@@ -88,15 +118,34 @@ def describe_engine(engine: EngineConfig, folder: Path) -> dict[str, str]:
     return {
         "weights_digest": _weights_digest(engine, folder),
         "engine": engine.kind,
-        "engine_version": _engine_version(engine),
+        "engine_version": engine_module(engine.kind).engine_version(engine),
         "dtype": engine.dtype,
         "device": engine.device,
         "rope_base": engine.rope_base,
     }
 
 
+def _with_length(engine: EngineConfig, folder: Path, max_tokens: int | None) -> EngineConfig:
+    """`engine` set up for the longest sequence that it will be asked for. Raises `ConfigError` if it has no such."""
+    from polar_ray.model.checkpoint import Checkpoint
+    from polar_ray.model.llama import refuse_longer
+
+    longest = engine.max_tokens or max_tokens
+    config = Checkpoint.open(folder).config
+    if longest is None:
+        return engine.model_copy(update={"max_tokens": config.max_position_embeddings})
+    if max_tokens is not None and longest < max_tokens:
+        raise ConfigError(
+            f"engine.max_tokens = {longest}: triples of up to limits.max_tokens = {max_tokens} tokens would not fit; "
+            "raise it, or lower the limit"
+        )
+    refuse_longer(config, longest, engine.kind)
+    return engine.model_copy(update={"max_tokens": longest})
+
+
 def _resolve_endpoint(engine: EngineConfig, folder: Path, max_tokens: int | None) -> EngineConfig:
     """What the endpoint has, pinned by its receipt; refused where the settings or the tokenizer say otherwise."""
+    from polar_ray.engines.serve import DEFAULT_TOKEN_BUDGET as ENDPOINT_TOKEN_BUDGET
     from polar_ray.engines.serve import ask_model
 
     found = ask_model(engine.address)
@@ -135,11 +184,6 @@ def _weights_digest(engine: EngineConfig, folder: Path) -> str:
     from polar_ray.model.checkpoint import weights_digest
 
     return weights_digest(folder)
-
-
-def _engine_version(engine: EngineConfig) -> str:
-    ours = f"polar_ray {version('polar_ray')}"
-    return f"{ours}, torch {version('torch')}" if engine.kind == "torch" else ours
 
 
 def _checkpoint_dtype(folder: Path) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import time
+from pathlib import Path
 
 import numpy as np
 
+from polar_ray import __version__
+from polar_ray.config import EngineConfig
 from polar_ray.planning import Batch, Ids, Rewards
 
 
@@ -33,6 +36,15 @@ class FakeEngine:
 
     def close(self) -> None:
         """Nothing to release."""
+
+
+def start(_: Path, engine: EngineConfig) -> FakeEngine:
+    """The engine that `engine` names; it loads nothing."""
+    return FakeEngine(token_budget=engine.token_budget or 4096)
+
+
+def engine_version(_: EngineConfig) -> str:
+    return f"polar_ray {__version__}"
 
 
 def _reward(ids: Ids) -> float:

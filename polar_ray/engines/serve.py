@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 
 from polar_ray.client import RewardClient
+from polar_ray.config import EngineConfig
 from polar_ray.errors import (
     EngineError,
     EngineProtocolError,
@@ -20,6 +22,9 @@ from polar_ray.wire import ModelReply
 
 DEADLINE_S = 900.0
 """For one batch: long enough for a fleet to be redeployed or scaled up under the job."""
+
+DEFAULT_TOKEN_BUDGET = 262144
+"""Enough requests in a batch to keep `max_in_flight` of them under way."""
 
 CONNECT_S = 30.0
 """To learn what the endpoint serves, before anything is scored."""
@@ -80,6 +85,20 @@ class ServeEngine:
         if self._client is not None:
             self._client.close()
             self._client = None
+
+
+def start(_: Path, engine: EngineConfig) -> ServeEngine:
+    """The connection that `engine`, resolved, names. Raises as `ServeEngine.connect`."""
+    return ServeEngine.connect(
+        engine.address,
+        max_in_flight=engine.max_in_flight,
+        token_budget=engine.token_budget or DEFAULT_TOKEN_BUDGET,
+        expect_receipt=engine.expect_receipt,
+    )
+
+
+def engine_version(engine: EngineConfig) -> str:
+    return describe_endpoint(engine.address)["engine_version"]
 
 
 def ask_model(address: str | None) -> ModelReply:

@@ -30,7 +30,7 @@ class PolarForReward(LlamaPreTrainedModel):  # type: ignore[misc]
     """
 
     def __init__(self, config: CheckpointConfig, *, rope_base: RopeBase = "hf") -> None:
-        super().__init__(_llama_config(config))
+        super().__init__(llama_config(config))
         self.checkpoint_config = config
         self.model = LlamaModel(self.config)
         self.model.rotary_emb = PolarRotary(Rope.of(config, rope_base))
@@ -96,8 +96,11 @@ def load_polar(
     return model
 
 
-def _llama_config(config: CheckpointConfig) -> LlamaConfig:
-    """Attention is named here and not taken from `config.json`, whose `attn_implementation` transformers would obey."""
+def llama_config(config: CheckpointConfig) -> LlamaConfig:
+    """The numbers as transformers' Llama takes them.
+
+    Attention is named here and not taken from `config.json`, whose `attn_implementation` transformers would obey.
+    """
     llama = LlamaConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,

@@ -80,7 +80,8 @@ class Model:
         Raises `CheckpointError`, `ConfigError` or `EngineStartError`.
         """
         folder = locate_model(config.model, config.revision)
-        engine = resolve_engine(config.engine, folder, has_gpu=config.engine.device == "auto" and has_gpu())
+        on_gpu = config.engine.device == "auto" and has_gpu()
+        engine = resolve_engine(config.engine, folder, has_gpu=on_gpu, max_tokens=config.limits.max_tokens)
         receipt = build_receipt(folder, PolarTokenizer(folder), engine, config.limits)
         scorer = Scorer.open(config.model, revision=config.revision, engine=engine, limits=config.limits)
         first = scorer.score([CANARY])[0]

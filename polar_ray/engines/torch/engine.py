@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from polar_ray.config import RopeBase
+from polar_ray import __version__
+from polar_ray.config import EngineConfig, RopeBase
 from polar_ray.engines.torch.decoder import Decoder
 from polar_ray.engines.torch.layout import pack
 from polar_ray.errors import EngineError, EngineStartError
@@ -101,6 +103,22 @@ class TorchEngine:
                 "to another checkpoint",
                 token_id=int(outside[0]),
             )
+
+
+def start(folder: Path, engine: EngineConfig) -> TorchEngine:
+    """The engine that `engine`, resolved, names. Raises as `TorchEngine.load`."""
+    return TorchEngine.load(
+        folder,
+        dtype=engine.dtype,
+        device=engine.device,
+        token_budget=engine.token_budget or 4096,
+        rope_base=engine.rope_base,
+        threads=engine.threads,
+    )
+
+
+def engine_version(_: EngineConfig) -> str:
+    return f"polar_ray {__version__}, torch {version('torch')}"
 
 
 def _device(name: str) -> torch.device:
