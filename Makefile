@@ -3,12 +3,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CLIENTS := .clients
+ENGINES := .engines
 
 .DEFAULT_GOAL := help
-.PHONY: help setup clients demo serve test lint types check bench clean
+.PHONY: help setup clients engines-vllm demo serve test lint types check bench clean
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## create .venv and install polar_ray with its pinned dependencies
 
@@ -23,6 +24,16 @@ clients: $(CLIENTS)/.installed ## fetch the pinned clients of other projects tha
 $(CLIENTS)/.installed: tests/clients/requirements.txt | $(STAMP)
 	rm -rf $(CLIENTS)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(CLIENTS) --requirement tests/clients/requirements.txt
+	@touch $@
+
+engines-vllm: $(ENGINES)/vllm/.installed ## run the engine's suite on a real vLLM, its CPU build
+	$(ENGINES)/vllm/bin/python -m pytest tests/engines/test_vllm.py
+
+$(ENGINES)/vllm/.installed: tests/engines/vllm/requirements.txt pyproject.toml
+	rm -rf $(ENGINES)/vllm
+	$(PYTHON) -m venv $(ENGINES)/vllm
+	$(ENGINES)/vllm/bin/python -m pip install --quiet --no-deps --requirement tests/engines/vllm/requirements.txt
+	$(ENGINES)/vllm/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
 serve: setup ## serve the embedded checkpoint on this machine, with a playground in the browser
@@ -49,4 +60,4 @@ bench: setup ## compare the torch engine with padded batches, in bf16 and fp32
 	$(BIN)/polar-ray bench engine --shape small
 
 clean: ## remove what make made
-	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info
+	rm -rf $(VENV) $(CLIENTS) $(ENGINES) build dist *.egg-info
