@@ -3,15 +3,17 @@
 import numpy as np
 import pytest
 
+from polar_ray.config import EngineConfig
 from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.engines.fake import FakeEngine
+from polar_ray.engines.ranks import RanksEngine
 from polar_ray.engines.serve import ServeEngine
 from polar_ray.engines.torch.engine import TorchEngine
 from polar_ray.model.locate import EMBEDDED_FOLDER
 from polar_ray.planning import Batch, Group, plan
 from tests.support.endpoint import running_endpoint, serve_config
 
-TOLERANCE = {"fake": 0.0, "torch": 1e-4, "torch-bfloat16": 0.3, "serve": 1e-4}
+TOLERANCE = {"fake": 0.0, "torch": 1e-4, "torch-bfloat16": 0.3, "torch-2-ranks": 1e-4, "serve": 1e-4}
 """How far the same sequence's rewards may lie apart in different company: rounding, at a standard deviation of 2."""
 
 
@@ -28,6 +30,9 @@ def connect(name):
     elif name == "serve":
         with running_endpoint(serve_config(engine={"kind": "torch", "device": "cpu", "dtype": "float32"})) as address:
             yield lambda: ServeEngine.connect(address, max_in_flight=2, token_budget=10_000)
+    elif name == "torch-2-ranks":
+        config = EngineConfig(device="cpu", dtype="float32", tensor_parallel_size=2)
+        yield lambda: RanksEngine.start(EMBEDDED_FOLDER, config)
     else:
         dtype = "bfloat16" if name.endswith("bfloat16") else "float32"
         yield lambda: TorchEngine.load(EMBEDDED_FOLDER, dtype=dtype)
