@@ -1,8 +1,9 @@
 """An engine of two ranks that is started by a thread which ends: `python -m tests.support.lonely_ranks`.
 
-Prints that it scores, and waits to be killed.
+Says a reward, and waits to be killed.
 """
 
+import sys
 import threading
 import time
 
@@ -20,5 +21,6 @@ if __name__ == "__main__":
     thread.start()
     thread.join()
     ids = np.arange(9, dtype=np.int32)
-    print(engines[0].score(Batch((Group(ids[:0], (ids,), (0,)),))), flush=True)
+    sys.stdout.write(f"{engines[0].score(Batch((Group(ids[:0], (ids,), (0,)),)))}\n")
+    sys.stdout.flush()
     time.sleep(600)

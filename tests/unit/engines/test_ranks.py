@@ -1,4 +1,4 @@
-"""One model over several processes: the same rewards, and no rank that dies, hangs, fails or is left behind unnoticed."""
+"""One model over several processes: the same rewards, and no rank dies, hangs, fails or is left behind unnoticed."""
 
 import asyncio
 import os
@@ -24,6 +24,7 @@ from polar_ray.model.architecture import split_wqkv, tensor_shapes
 from polar_ray.model.checkpoint import Checkpoint
 from polar_ray.model.locate import EMBEDDED_FOLDER
 from polar_ray.planning import Batch, plan
+from polar_ray.serving.service import RewardService
 from tests.support.checkpoints import write_checkpoint
 from tests.support.endpoint import model_of, serve_config
 from tests.support.ranks import are_gone, ranks_below
@@ -92,7 +93,7 @@ def test_a_batch_arrives_as_it_was_sent():
     assert sent == found
 
 
-@pytest.mark.parametrize(("ranks", "dtype"), [(2, "float32"), (4, "float32"), (2, "bfloat16")])
+@pytest.mark.parametrize(("ranks", "dtype"), [(4, "float32"), (2, "bfloat16")])
 def test_rewards_equal_those_of_one_process_shared_and_unshared(checkpoint, ranks, dtype):
     sequences = draw_groups([12, 60, 150, 700])
     expected = score(TorchEngine.load(checkpoint, dtype=dtype), sequences, share=True, token_budget=1500)
@@ -108,7 +109,7 @@ def test_rewards_equal_those_of_one_process_shared_and_unshared(checkpoint, rank
 
 
 def test_a_batch_that_all_ranks_refuse_alike_leaves_them_in_step(pair):
-    engine, processes = pair
+    engine, _ = pair
     ids = np.arange(9, dtype=np.int32)
     before = engine.score(one(ids))
     with pytest.raises(EngineError, match="token id 4096: outside this model's vocabulary") as refused:
@@ -117,6 +118,22 @@ def test_a_batch_that_all_ranks_refuse_alike_leaves_them_in_step(pair):
     assert refused.value.details == {"token_id": 4096}
     assert engine.score(one(ids)) == before
     assert engine.is_running()
+
+
+def test_a_replica_whose_rank_has_ended_is_unhealthy_before_anybody_asks(pair):
+    engine, processes = pair
+
+    async def check():
+        service = RewardService(model_of(engine, serve_config()), serve_config())
+        service.check_health()
+        processes[0].kill()
+        assert are_gone(processes[:1])
+        with pytest.raises(EngineError, match="has ended"):
+            service.check_health()
+        await service.close()
+
+    asyncio.run(check())
+    assert are_gone(processes, 1)
 
 
 def test_memory_that_lacks_on_one_rank_alone_ends_all_of_them():
@@ -143,24 +160,6 @@ def test_a_rank_that_is_lost_in_a_batch_ends_the_engine_at_once(number):
     with pytest.raises(ProcessCrashed):
         engine.score(Batch(()))
     engine.close()
-
-
-def test_a_replica_whose_rank_has_ended_is_unhealthy_before_anybody_asks():
-    from polar_ray.serving.service import RewardService
-
-    engine, processes = start()
-
-    async def check():
-        service = RewardService(model_of(engine, serve_config()), serve_config())
-        service.check_health()
-        processes[0].kill()
-        assert are_gone(processes[:1])
-        with pytest.raises(EngineError, match="has ended"):
-            service.check_health()
-        await service.close()
-
-    asyncio.run(check())
-    assert are_gone(processes, 1)
 
 
 def test_a_checkpoint_that_does_not_load_is_said_in_its_own_words(tmp_path):
