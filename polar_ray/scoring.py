@@ -138,6 +138,10 @@ class Scorer:
         return self._engine.token_budget
 
     @property
+    def engine(self) -> Engine:
+        return self._engine
+
+    @property
     def shares_prefixes(self) -> bool:
         """Whether what rows have in common is computed once."""
         return self._share_prefixes
