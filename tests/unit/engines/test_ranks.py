@@ -127,7 +127,9 @@ def test_a_replica_whose_rank_has_ended_is_unhealthy_before_anybody_asks(pair):
         service = RewardService(model_of(engine, serve_config()), serve_config())
         service.check_health()
         processes[0].kill()
-        assert are_gone(processes[:1])
+        deadline = time.monotonic() + 10
+        while engine.is_running() and time.monotonic() < deadline:  # its main thread is gone before the others are
+            await asyncio.sleep(0.02)
         with pytest.raises(EngineError, match="has ended"):
             service.check_health()
         await service.close()
