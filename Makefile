@@ -3,12 +3,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CLIENTS := .clients
+ENGINES := .engines
 
 .DEFAULT_GOAL := help
-.PHONY: help setup clients demo serve test lint types check bench clean
+.PHONY: help setup clients engines-sglang demo serve test lint types check bench clean
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## create .venv and install polar_ray with its pinned dependencies
 
@@ -23,6 +24,19 @@ clients: $(CLIENTS)/.installed ## fetch the pinned clients of other projects tha
 $(CLIENTS)/.installed: tests/clients/requirements.txt | $(STAMP)
 	rm -rf $(CLIENTS)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(CLIENTS) --requirement tests/clients/requirements.txt
+	@touch $@
+
+engines-sglang: $(ENGINES)/sglang/.installed ## run the engine's suite on a real SGLang, on this machine's CPU
+	$(ENGINES)/sglang/bin/python -m pytest tests/engines/test_sglang.py
+
+$(ENGINES)/sglang/.installed: tests/engines/sglang/requirements.txt $(wildcard tests/engines/sglang/shims/*) pyproject.toml
+	rm -rf $(ENGINES)/sglang
+	$(PYTHON) -m venv $(ENGINES)/sglang
+	$(ENGINES)/sglang/bin/python -m pip install --quiet --no-deps --requirement tests/engines/sglang/requirements.txt
+	$(ENGINES)/sglang/bin/python -m pip install --quiet --no-deps --editable .
+	site=$$($(ENGINES)/sglang/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	cp -r tests/engines/sglang/shims/sgl_kernel $$site && \
+	cat tests/engines/sglang/shims/torchvision_ops.py >> $$site/torchvision/extension.py
 	@touch $@
 
 serve: setup ## serve the embedded checkpoint on this machine, with a playground in the browser
@@ -49,4 +63,4 @@ bench: setup ## compare the torch engine with padded batches, in bf16 and fp32
 	$(BIN)/polar-ray bench engine --shape small
 
 clean: ## remove what make made
-	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info
+	rm -rf $(VENV) $(CLIENTS) $(ENGINES) build dist *.egg-info

@@ -6,6 +6,8 @@ from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.model.locate import EMBEDDED_FOLDER
 from tests.support.tokenizers import make_polar_tokenizer_folder
 
+pytest.register_assert_rewrite("tests.support.engine_contract")
+
 
 @pytest.fixture(scope="session")
 def small_tokenizer():

@@ -57,6 +57,7 @@ POLL_S = 0.5
 """How often a call to the engine in this process looks whether SGLang's processes still run."""
 
 SIG_IGN = 1
+"""The C handler that does nothing."""
 
 
 class Road(Protocol):
@@ -259,13 +260,13 @@ class _InProcess:
 
     An `Engine` takes its process for its own. On the main thread it would answer SIGTERM and SIGQUIT; when a child of
     it fails it has SIGQUIT sent here, to kill this process and all that descends from it; when it shuts down it kills
-    all children of this process, Ray's among them. So it is not on the main thread, SIGQUIT is ignored while it runs,
-    and what it has started is ended here, by name.
+    all children of this process, Ray's among them. So it is not on the main thread, SIGQUIT is ignored from then on (it
+    may come late), and what it has started is ended here, by name.
     """
 
     def __init__(self, arguments: Mapping[str, Any], engine: EngineConfig) -> None:
         _installed(None)
-        self._default_quit = _set_sigquit(SIG_IGN)
+        _ignore_sigquit()
         started: Future[Any] = Future()
         # Its processes are told to end with the thread that starts them, so it lasts as long as they do.
         self._thread = Thread(target=_run, args=(arguments, environment_of(engine), started), name="sglang")
@@ -275,7 +276,6 @@ class _InProcess:
             self._engine = started.result()
         except BaseException:
             self._thread.join()
-            _set_sigquit(self._default_quit)
             raise
 
     def rows(self, sequences: Sequence[list[int]]) -> Any:
@@ -299,7 +299,6 @@ class _InProcess:
         self._engine.shutdown()
         self._engine.loop.call_soon_threadsafe(self._engine.loop.stop)
         self._thread.join()
-        _set_sigquit(self._default_quit)
 
 
 def _run(arguments: Mapping[str, Any], environment: Mapping[str, str], started: Future[Any]) -> None:
@@ -338,6 +337,9 @@ def _engine_class() -> type[Any]:
     class Contained(Engine):  # type: ignore[misc]
         def shutdown(self) -> None:
             """Called by `close`, and by SGLang when the interpreter exits."""
+            watchdog = getattr(self.tokenizer_manager, "_subprocess_watchdog", None)
+            if watchdog is not None:
+                watchdog.stop()
             started = getattr(self, "_scheduler_init_result", None)
             _end(set(started.all_child_pids) if started is not None else set())
 
@@ -452,14 +454,12 @@ def _settings(environment: Mapping[str, str]) -> Iterator[None]:
         multiprocessing.set_start_method(method, force=True)
 
 
-def _set_sigquit(handler: int | None) -> int | None:
-    """The C handler of SIGQUIT until now. `signal.signal` would work on the main thread only, where a Serve replica
-    never is."""
+def _ignore_sigquit() -> None:
+    """In C, for `signal.signal` works on the main thread only, where a Serve replica never is."""
     libc = ctypes.CDLL(None)
     libc.signal.restype = ctypes.c_void_p
     libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
-    previous: int | None = libc.signal(signal.SIGQUIT, handler)
-    return previous
+    libc.signal(signal.SIGQUIT, SIG_IGN)
 
 
 def _member(value: Any, name: str, where: str) -> Any:

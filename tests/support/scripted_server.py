@@ -91,15 +91,18 @@ def scripted_server(*answers: Callable[[dict[str, Any]], Answer] | Answer | str)
                 script.connections.add(self.client_address)
                 script.paths.append(self.path)
             try:
-                raw = self.rfile.read(int(self.headers["Content-Length"]))
-                if len(raw) < int(self.headers["Content-Length"]):  # the caller left in the middle
+                length = int(self.headers.get("Content-Length", 0))
+                raw = self.rfile.read(length)
+                if len(raw) < length:  # the caller left in the middle
                     self.close_connection = True
                     return
-                body = json.loads(raw)
+                body = json.loads(raw or b"{}")
                 self.answer(script.next(body, {name.lower(): value for name, value in self.headers.items()}), body)
             finally:
                 with script._lock:
                     script.under_way -= 1
+
+        do_GET = do_POST
 
         def answer(self, answer: Any, body: dict[str, Any]) -> None:
             if answer == "hang":
