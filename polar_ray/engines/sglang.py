@@ -18,12 +18,10 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any, Protocol
@@ -31,6 +29,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from polar_ray.config import EngineConfig
+from polar_ray.engines.outside import (
+    Arguments,
+    as_switches,
+    first_line,
+    installed,
+    member,
+    refuse_arguments,
+    refuse_ids,
+)
 from polar_ray.engines.server import EngineHttp, OwnServer, free_address
 from polar_ray.errors import ConfigError, EngineError, EngineProtocolError, EngineStartError
 from polar_ray.model.checkpoint import Checkpoint, CheckpointConfig
@@ -50,8 +57,6 @@ TUNABLE = ("log_level", "log_level_http", "max_total_tokens", "sleep_on_idle")
 
 REFUSED = ("allow_auto_truncate", "host", "port", "tokenizer_path", "trust_remote_code")
 """Arguments that are set here or never; `engine.arguments` may not name them."""
-
-VERSIONS = 'from importlib.metadata import version as v; print(f\'sglang {v("sglang")}, torch {v("torch")}\')'
 
 POLL_S = 0.5
 """How often a call to the engine in this process looks whether SGLang's processes still run."""
@@ -94,14 +99,8 @@ class SglangEngine:
         if self._road is None:
             raise EngineError("the engine is closed; load it again")
         sequences = [ids.tolist() for ids in batch.sequences()]
-        for ids in sequences:
-            if len(ids) > self._max_tokens:
-                raise EngineError(
-                    f"a sequence of {len(ids)} tokens, where the engine is set up for {self._max_tokens}; raise "
-                    "engine.max_tokens"
-                )
-            if min(ids) < 0 or max(ids) >= self._vocab_size:  # SGLang does not ask: its scheduler would die of it
-                raise EngineError(f"a token id outside the model's vocabulary of {self._vocab_size}")
+        # SGLang does not look at the ids; its scheduler would die of one that the model does not have.
+        refuse_ids(sequences, vocab_size=self._vocab_size, max_tokens=self._max_tokens)
         rewards = np.empty(len(sequences), dtype=np.float32)
         for places in in_turns(batch):
             sent = [sequences[place] for place in places]
@@ -140,10 +139,11 @@ def engine_version(engine: EngineConfig) -> str:
     """SGLang's version where it runs, and torch's. Raises `EngineStartError` if it is not installed there, or as
     `EngineHttp.get`."""
     if engine.address is None:
-        return _installed(engine.python)
+        return installed("sglang", engine.python)
     http = EngineHttp(engine.address, name="sglang")
     try:
-        return f"sglang {_member(http.get('/server_info'), 'version', '/server_info')}"
+        version = member(http.get("/server_info"), "version", "sglang's /server_info")
+        return f"sglang {version}"
     finally:
         http.close()
 
@@ -172,23 +172,8 @@ def engine_arguments(form: Path, engine: EngineConfig, config: CheckpointConfig)
     }
     if engine.device == "cpu":
         ours["max_total_tokens"] = max(room, CACHED_CALLS * (engine.token_budget or 0)) + SPARE_TOKENS
-    for name in engine.arguments:
-        if name in REFUSED or (name in ours and name not in TUNABLE):
-            raise ConfigError(
-                f"engine.arguments.{name}: decides what SGLang computes or who may ask it, so polar_ray sets it; leave "
-                "it out"
-            )
+    refuse_arguments(engine.arguments, ours, tunable=TUNABLE, refused=REFUSED)
     return ours | engine.arguments
-
-
-def as_flags(arguments: Mapping[str, bool | int | float | str]) -> Iterator[str]:
-    """The same arguments as SGLang's command line takes them; a switch that is off is left out."""
-    for name, value in arguments.items():
-        words = name.replace("_", "-")
-        if not isinstance(value, bool):
-            yield f"--{words}={value}"
-        elif value:
-            yield f"--{words}"
 
 
 def environment_of(engine: EngineConfig) -> dict[str, str]:
@@ -226,13 +211,16 @@ def read_rows(rows: Any, sent: Sequence[Sequence[int]]) -> list[float]:
         raise EngineProtocolError(f"expected {len(sent)} rewards, one per sequence, found {found} in sglang's reply")
     rewards = []
     for row, ids in zip(rows, sent, strict=True):
-        value, said = _member(row, "embedding", "a row of its reply"), _member(row, "meta_info", "a row of its reply")
+        value, said = (
+            member(row, "embedding", "a row of sglang's reply"),
+            member(row, "meta_info", "a row of sglang's reply"),
+        )
         if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], int | float):
             size = len(value) if isinstance(value, list) else 1
             raise EngineProtocolError(
                 f"sglang gave {size} numbers for a sequence: it embeds, it does not score; serve the reward model"
             )
-        read = _member(said, "prompt_tokens", "a row of its reply")
+        read = member(said, "prompt_tokens", "a row of sglang's reply")
         if read != len(ids):
             raise EngineProtocolError(
                 f"sglang read {read} tokens of a sequence of {len(ids)}: it cuts in silence; start it without "
@@ -264,8 +252,8 @@ class _InProcess:
     may come late), and what it has started is ended here, by name.
     """
 
-    def __init__(self, arguments: Mapping[str, Any], engine: EngineConfig) -> None:
-        _installed(None)
+    def __init__(self, arguments: Arguments, engine: EngineConfig) -> None:
+        installed("sglang", None)
         _ignore_sigquit()
         started: Future[Any] = Future()
         # Its processes are told to end with the thread that starts them, so it lasts as long as they do.
@@ -291,7 +279,7 @@ class _InProcess:
             return asked.result()
         except Exception as error:  # whatever it raises, the batch has no rewards
             raise EngineError(
-                f"SGLang failed on a batch of {len(sequences)} sequences: {_first_line(error)}",
+                f"SGLang failed on a batch of {len(sequences)} sequences: {first_line(error)}",
                 sequences=len(sequences),
             ) from error
 
@@ -301,7 +289,7 @@ class _InProcess:
         self._thread.join()
 
 
-def _run(arguments: Mapping[str, Any], environment: Mapping[str, str], started: Future[Any]) -> None:
+def _run(arguments: Arguments, environment: Mapping[str, str], started: Future[Any]) -> None:
     """The life of an `Engine`, in a thread of its own: until its loop is stopped."""
     before = _children()
     try:
@@ -312,7 +300,7 @@ def _run(arguments: Mapping[str, Any], environment: Mapping[str, str], started: 
         started.set_exception(
             error
             if isinstance(error, EngineStartError)
-            else EngineStartError(f"SGLang does not start: {_first_line(error)}. Its own log above says more")
+            else EngineStartError(f"SGLang does not start: {first_line(error)}. Its own log above says more")
         )
         return
     started.set_result(engine)
@@ -374,16 +362,16 @@ def _connect(engine: EngineConfig) -> _Server:
     http = EngineHttp(engine.address, name="sglang")
     try:
         info, model = http.get("/server_info"), http.get("/model_info")
-        if _member(info, "allow_auto_truncate", "/server_info"):
+        if member(info, "allow_auto_truncate", "sglang's /server_info"):
             raise ConfigError(
                 "engine.address: the SGLang there was started with --allow-auto-truncate and would cut long sequences "
                 "in silence; start it without"
             )
-        if _member(model, "is_generation", "/model_info"):
+        if member(model, "is_generation", "sglang's /model_info"):
             raise ConfigError(
                 "engine.address: the SGLang there generates text; start it with --is-embedding, for a reward model"
             )
-        longest = int(_member(info, "max_req_input_len", "/server_info")) - 1
+        longest = int(member(info, "max_req_input_len", "sglang's /server_info")) - 1
         if engine.max_tokens is not None and longest < engine.max_tokens:
             raise ConfigError(
                 f"limits.max_tokens = {engine.max_tokens}: the SGLang at engine.address takes sequences of up to "
@@ -395,14 +383,14 @@ def _connect(engine: EngineConfig) -> _Server:
     return _Server(http)
 
 
-def _start_server(arguments: Mapping[str, bool | int | float | str], engine: EngineConfig) -> _Server:
+def _start_server(arguments: Arguments, engine: EngineConfig) -> _Server:
     assert engine.python is not None
-    _installed(engine.python)
+    installed("sglang", engine.python)
     address = free_address()
     host, port = address.split(":")
     http = EngineHttp(address, name="sglang")
     own = OwnServer.start(
-        [engine.python, "-m", "sglang.launch_server", f"--host={host}", f"--port={port}", *as_flags(arguments)],
+        [engine.python, "-m", "sglang.launch_server", f"--host={host}", f"--port={port}", *as_switches(arguments)],
         name="sglang",
         is_ready=partial(http.answers, "/health"),
         timeout_s=engine.start_timeout_s,
@@ -426,20 +414,6 @@ def _refuse(engine: EngineConfig) -> None:
         )
 
 
-@cache
-def _installed(python: str | None) -> str:
-    """The versions that `python`, or this interpreter, has."""
-    try:
-        done = subprocess.run([python or sys.executable, "-c", VERSIONS], capture_output=True, text=True, timeout=120)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise EngineStartError(f"engine.python = {python!r}: does not run ({type(error).__name__})") from None
-    if done.returncode:
-        where = f"engine.python = {python!r}: has no SGLang" if python else "engine.kind = 'sglang': SGLang is not here"
-        why = (done.stderr.strip() or "it says nothing").splitlines()[-1]
-        raise EngineStartError(f"{where} ({why}); install polar_ray[sglang] there, or set engine.python to another")
-    return done.stdout.strip()
-
-
 @contextmanager
 def _settings(environment: Mapping[str, str]) -> Iterator[None]:
     """`environment` in this process, for the processes that are started meanwhile; what SGLang changes of it and of
@@ -460,13 +434,3 @@ def _ignore_sigquit() -> None:
     libc.signal.restype = ctypes.c_void_p
     libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
     libc.signal(signal.SIGQUIT, SIG_IGN)
-
-
-def _member(value: Any, name: str, where: str) -> Any:
-    if not isinstance(value, dict) or name not in value:
-        raise EngineProtocolError(f"sglang answered without {name} in {where}: another kind of server, or version")
-    return value[name]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
