@@ -48,7 +48,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 OURS = ("trust_remote_code", "host", "port", "task", "skip_tokenizer_init", "hf_overrides", "override_pooler_config")
 """Arguments that are set here or never, besides those of `engine_arguments`; `engine.arguments` may not name them."""
 
-TUNABLE = ("block_size", "kv_cache_memory_bytes", "disable_log_stats")
+TUNABLE = ("block_size", "kv_cache_memory_bytes")
 """Those of `engine_arguments` that do not decide what is computed; `engine.arguments` may change them."""
 
 SERVER = "vllm.entrypoints.openai.api_server"
@@ -157,7 +157,6 @@ def engine_arguments(form: Path, tokenizer: Path, engine: EngineConfig, config: 
         "max_model_len": engine.max_tokens or config.max_position_embeddings,
         "enable_prefix_caching": engine.share_prefixes,
         "tensor_parallel_size": engine.tensor_parallel_size,
-        "disable_log_stats": True,
     }
     if engine.device == "cpu":
         ours |= {"block_size": BLOCK_SIZE["cpu"], "kv_cache_memory_bytes": _cache_bytes(engine, config)}
