@@ -6,10 +6,10 @@ CLIENTS := .clients
 ENGINES := .engines
 
 .DEFAULT_GOAL := help
-.PHONY: help setup clients engines-vllm demo serve test lint types check bench clean
+.PHONY: help setup clients engines-vllm engines-sglang demo serve test lint types check bench clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## create .venv and install polar_ray with its pinned dependencies
 
@@ -34,6 +34,19 @@ $(ENGINES)/vllm/.installed: tests/engines/vllm/requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(ENGINES)/vllm
 	$(ENGINES)/vllm/bin/python -m pip install --quiet --no-deps --requirement tests/engines/vllm/requirements.txt
 	$(ENGINES)/vllm/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+engines-sglang: $(ENGINES)/sglang/.installed ## run the engine's suite on a real SGLang, on this machine's CPU
+	$(ENGINES)/sglang/bin/python -m pytest tests/engines/test_sglang.py
+
+$(ENGINES)/sglang/.installed: tests/engines/sglang/requirements.txt $(wildcard tests/engines/sglang/shims/*) pyproject.toml
+	rm -rf $(ENGINES)/sglang
+	$(PYTHON) -m venv $(ENGINES)/sglang
+	$(ENGINES)/sglang/bin/python -m pip install --quiet --no-deps --requirement tests/engines/sglang/requirements.txt
+	$(ENGINES)/sglang/bin/python -m pip install --quiet --no-deps --editable .
+	site=$$($(ENGINES)/sglang/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	cp -r tests/engines/sglang/shims/sgl_kernel $$site && \
+	cat tests/engines/sglang/shims/torchvision_ops.py >> $$site/torchvision/extension.py
 	@touch $@
 
 serve: setup ## serve the embedded checkpoint on this machine, with a playground in the browser
