@@ -59,8 +59,7 @@ class EngineConfig(Settings):
     """`hf`: the rotary base as trained. `sglang-static` exists to reproduce the rewards on POLAR's model card."""
 
     deterministic: bool = False
-    """The same triple gets the same bits in any company, order and batch, shared or not. `torch` promises this at some
-    cost of speed; other engines get their own mode switched on, which promises what they promise."""
+    """Of `vllm` and `sglang` on GPUs: their own mode in which a reward does not depend on its company."""
 
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs of one engine, each with a part of every layer: for models that one GPU does not hold, or not fast enough.

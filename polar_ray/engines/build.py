@@ -82,6 +82,11 @@ def refuse_unsupported(engine: EngineConfig) -> None:
             f"engine.tensor_parallel_size = {engine.tensor_parallel_size}: engine {engine.kind!r} has no weights to "
             "divide; leave it at 1"
         )
+    if engine.deterministic and engine.kind not in ("vllm", "sglang"):
+        raise ConfigError(
+            f"engine.deterministic: engine {engine.kind!r} has no such mode; leave it out. Its rewards depend on their "
+            "company by rounding alone"
+        )
     if engine.kind == "lmdeploy" and not (engine.address or engine.python):
         raise ConfigError(
             "engine.kind = 'lmdeploy': runs as a server only; set engine.python to the interpreter that has lmdeploy, "

@@ -219,7 +219,7 @@ def _refuse(engine: EngineConfig) -> None:
             "or engine.address to a server that runs"
         )
     if engine.deterministic:
-        raise ConfigError("engine.deterministic: LMDeploy has no such mode; set engine.kind = 'torch'")
+        raise ConfigError("engine.deterministic: LMDeploy has no such mode; leave it out")
     if engine.python is not None and engine.device == "cpu":
         raise ConfigError("engine.device = 'cpu': LMDeploy runs on GPUs only; set engine.kind = 'torch'")
     if engine.python is not None and engine.dtype not in DTYPES:

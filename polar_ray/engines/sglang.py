@@ -409,9 +409,7 @@ def _refuse(engine: EngineConfig) -> None:
             "--enable-deterministic-inference and leave engine.deterministic out"
         )
     if engine.device == "cpu":
-        raise ConfigError(
-            "engine.deterministic: SGLang's deterministic mode is for GPUs; set engine.kind = 'torch' on a CPU"
-        )
+        raise ConfigError("engine.deterministic: SGLang's deterministic mode is for GPUs; leave it out on a CPU")
 
 
 @contextmanager

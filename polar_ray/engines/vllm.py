@@ -371,8 +371,7 @@ def _refuse(engine: EngineConfig) -> None:
         )
     if engine.device == "cpu":
         raise ConfigError(
-            "engine.deterministic: vLLM's batch-invariant mode is for GPUs and changes nothing on a CPU; set "
-            "engine.kind = 'torch'"
+            "engine.deterministic: vLLM's batch-invariant mode is for GPUs and changes nothing on a CPU; leave it out"
         )
 
 
