@@ -132,7 +132,8 @@ class NonFiniteReward(EngineError):
 
 
 class ProcessCrashed(EngineError):
-    """Scoring this row killed the process, again when it was tried alone; the row is quarantined."""
+    """Scoring killed the process, or one of the engine's own. As a row's status: again when the row was tried alone,
+    so that it is quarantined."""
 
     code = "process_crashed"
 

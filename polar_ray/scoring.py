@@ -13,9 +13,16 @@ import numpy as np
 from polar_ray.config import EMBEDDED_MODEL, EngineConfig, LimitsConfig
 from polar_ray.encoding.encode import EncodedTriple, Encoder
 from polar_ray.encoding.tokenizer import PolarTokenizer
-from polar_ray.engines.base import Engine
+from polar_ray.engines.base import Engine, HasProcesses
 from polar_ray.engines.build import build_engine, resolve_engine
-from polar_ray.errors import EngineError, EngineProtocolError, EngineUnavailable, NonFiniteReward, TripleError
+from polar_ray.errors import (
+    EngineError,
+    EngineProtocolError,
+    EngineUnavailable,
+    NonFiniteReward,
+    ProcessCrashed,
+    TripleError,
+)
 from polar_ray.model.locate import locate_model
 from polar_ray.planning import Batch, plan
 from polar_ray.triples import STATUS_OK, Row, Scored, Triple
@@ -131,9 +138,17 @@ class Scorer:
         return self._engine.token_budget
 
     @property
+    def engine(self) -> Engine:
+        return self._engine
+
+    @property
     def shares_prefixes(self) -> bool:
         """Whether what rows have in common is computed once."""
         return self._share_prefixes
+
+    def is_running(self) -> bool:
+        """Whether the engine's own processes, if it has any, are all there. Safe in any thread."""
+        return not isinstance(self._engine, HasProcesses) or self._engine.is_running()
 
     def close(self) -> None:
         """Release the engine. May be called twice."""
@@ -151,8 +166,8 @@ class Scorer:
         """(row, outcome) of a batch; a failing batch is halved until the sequence at fault stands alone."""
         try:
             rewards = self._call(batch)
-        except EngineUnavailable:
-            raise  # no row is to blame, and halves would wait as long again
+        except (EngineUnavailable, ProcessCrashed):
+            raise  # no row is to blame, and halves would wait as long again; or nothing is left to try them on
         except EngineError as error:
             if len(batch) == 1:
                 yield int(batch.rows[0]), error

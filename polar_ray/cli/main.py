@@ -16,6 +16,7 @@ from polar_ray.cli.rank import rank
 from polar_ray.cli.score import score
 from polar_ray.cli.serve import serve
 from polar_ray.cli.train import train
+from polar_ray.cli.verify import verify
 from polar_ray.errors import PolarRayError
 
 
@@ -46,6 +47,7 @@ app.command()(train)
 app.command()(rank)
 app.command()(evaluate)
 app.command()(inspect)
+app.command()(verify)
 app.add_typer(bench.app, name="bench")
 
 

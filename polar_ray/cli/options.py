@@ -10,8 +10,10 @@ import typer
 Model = Annotated[
     str | None, typer.Option(help="Checkpoint folder or hub name. Left out: the small one that ships here.")
 ]
-Engine = Annotated[str | None, typer.Option(help="torch, serve for a running endpoint, or fake for a dry run.")]
-Address = Annotated[str | None, typer.Option(help="Of the endpoint, for --engine serve: host:port or URL.")]
+Engine = Annotated[
+    str | None, typer.Option(help="torch, vllm, sglang, lmdeploy, serve for an endpoint, or fake for a dry run.")
+]
+Address = Annotated[str | None, typer.Option(help="Of a running endpoint or engine: host:port or URL.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
 PromptColumn = Annotated[str | None, typer.Option(help="Column that holds the prompt.")]
 ReferenceColumn = Annotated[str | None, typer.Option(help="Column that holds the reference.")]

@@ -29,7 +29,9 @@ def score(
     engine: Engine = None,
     address: Address = None,
     actors: Annotated[str | None, typer.Option(help="Engines in parallel: N, or MIN:MAX to grow.")] = None,
-    tensor_parallel_size: Annotated[int | None, typer.Option(help="GPUs of one engine.")] = None,
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option(help="GPUs of one engine; without GPUs, processes that share its threads.")
+    ] = None,
     dtype: Dtype = None,
     prompt_column: PromptColumn = None,
     reference_column: ReferenceColumn = None,

@@ -47,7 +47,9 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on. Left out: this machine only.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on. Left out: 8000.")] = None,
     engine: Annotated[str | None, typer.Option(help="torch, or fake for a dry run.")] = None,
-    tensor_parallel_size: Annotated[int | None, typer.Option(help="GPUs of one replica.")] = None,
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option(help="GPUs of one replica; without GPUs, processes that share its threads.")
+    ] = None,
     dtype: Dtype = None,
     tokens_file: Annotated[Path | None, typer.Option(help="File of bearer tokens, one a line.")] = None,
     config: ConfigFile = None,

@@ -63,7 +63,9 @@ class EngineConfig(Settings):
     cost of speed; other engines get their own mode switched on, which promises what they promise."""
 
     tensor_parallel_size: int = Field(1, ge=1)
-    """GPUs of one engine."""
+    """GPUs of one engine, each with a part of every layer: for models that one GPU does not hold, or not fast enough.
+    Without GPUs `torch` runs as many processes that share `threads`. It must divide the model's num_key_value_heads and
+    intermediate_size, and moves rewards by rounding alone."""
 
     max_tokens: int | None = Field(None, ge=1)
     """Of `vllm`, `sglang` and `lmdeploy`: the longest sequence they are set up for. Left out: limits.max_tokens."""
@@ -86,7 +88,7 @@ class EngineConfig(Settings):
     (`gpu_memory_utilization = 0.8`). They are part of the receipt."""
 
     start_timeout_s: float = Field(900, gt=0)
-    """Of a server of the actor's own: how long it may take to load the model and answer."""
+    """Of a server or ranks of the actor's own: how long they may take to load the model and answer."""
 
     parity_tolerance: float | None = Field(None, ge=0)
     """How far an engine may be from float32 on the parity panel at its start: root mean square over the spread of the

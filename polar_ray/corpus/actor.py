@@ -117,6 +117,8 @@ class ScoringActor:
             return committed
         try:
             return self._score_unit(index)
+        except ProcessCrashed:  # a process of the engine's: as if it was this one, so that the rows are looked into
+            os._exit(1)
         except PolarRayError as error:
             ray.get(self._tracker.fail.remote(error))
             raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from polar_ray.planning import Batch, Rewards
 
@@ -17,7 +17,8 @@ class Engine(Protocol):
     - the same sequence alone, in any batch, with or without a shared prefix gives the same reward within rounding;
     - the same batch gives the same bits again;
     - a reward that is not finite is returned as it is, never replaced; the `Scorer` decides what becomes of it;
-    - a failure of the whole batch is an `EngineError`, never a short array;
+    - a failure of the whole batch is an `EngineError`, never a short array; `ProcessCrashed` if the batch took the
+      engine's own processes away, which only another engine brings back;
     - `close()` may be called twice and leaves no process and no device memory behind.
     """
 
@@ -34,3 +35,12 @@ class Engine(Protocol):
     def score(self, batch: Batch) -> Rewards: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class HasProcesses(Protocol):
+    """What an `Engine` with processes of its own offers besides."""
+
+    def is_running(self) -> bool:
+        """Whether they are all there; without, it gives no more rewards. Safe in any thread."""
+        ...

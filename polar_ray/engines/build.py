@@ -67,6 +67,8 @@ def resolve_engine(engine: EngineConfig, folder: Path, *, has_gpu: bool, max_tok
     dtype = engine.dtype if engine.dtype != "auto" else (_checkpoint_dtype(folder) if device == "cuda" else "float32")
     if device == "cpu" and dtype == "float16":
         raise ConfigError("engine.dtype = 'float16': CPUs have no float16 matrix units; use bfloat16 or float32")
+    if engine.kind == "torch" and engine.tensor_parallel_size > 1:
+        _refuse_uneven(engine, folder)
     others = engine.kind in OTHER_ENGINES
     budget = engine.token_budget or (OTHER_TOKEN_BUDGET if others else DEFAULT_TOKEN_BUDGET)[device]
     resolved = engine.model_copy(update={"device": device, "dtype": dtype, "token_budget": budget})
@@ -75,10 +77,10 @@ def resolve_engine(engine: EngineConfig, folder: Path, *, has_gpu: bool, max_tok
 
 def refuse_unsupported(engine: EngineConfig) -> None:
     """Raise `ConfigError` for what no machine would make possible."""
-    if engine.tensor_parallel_size > 1 and engine.kind not in OTHER_ENGINES:
+    if engine.tensor_parallel_size > 1 and engine.kind in HAVE_NO_WEIGHTS:
         raise ConfigError(
-            f"engine.tensor_parallel_size = {engine.tensor_parallel_size}: engine {engine.kind!r} runs on one device; "
-            "leave it at 1 and use more actors"
+            f"engine.tensor_parallel_size = {engine.tensor_parallel_size}: engine {engine.kind!r} has no weights to "
+            "divide; leave it at 1"
         )
     if engine.kind == "lmdeploy" and not (engine.address or engine.python):
         raise ConfigError(
@@ -109,6 +111,8 @@ def describe_engine(engine: EngineConfig, folder: Path) -> dict[str, str]:
     """What of a reward's receipt is the engine's: `weights_digest`, `engine`, `engine_version`, `dtype`, `device` and
     `rope_base`, by field. A running endpoint's are its own.
 
+    `tensor_parallel_size` is none of it: like `token_budget` and `threads` it moves a reward by rounding alone.
+
     Reads all weights once to hash them. Raises `CheckpointError` for weights that are incomplete.
     """
     if engine.kind == "serve":
@@ -123,6 +127,13 @@ def describe_engine(engine: EngineConfig, folder: Path) -> dict[str, str]:
         "device": engine.device,
         "rope_base": engine.rope_base,
     }
+
+
+def _refuse_uneven(engine: EngineConfig, folder: Path) -> None:
+    from polar_ray.engines.torch.shard import refuse_uneven
+    from polar_ray.model.checkpoint import Checkpoint
+
+    refuse_uneven(Checkpoint.open(folder).config, engine.tensor_parallel_size)
 
 
 def _with_length(engine: EngineConfig, folder: Path, max_tokens: int | None) -> EngineConfig:

@@ -73,6 +73,31 @@ class Deviation:
     """In units of reward."""
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """An engine on the panel: its rewards beside the reference's, and whether rounding explains the difference."""
+
+    expected: Rewards
+    found: Rewards
+    deviation: Deviation
+    tolerance: float
+    """Of `deviation.rms`."""
+
+    trap: str | None
+    """The known way of going wrong that explains the difference, as a sentence with its remedy."""
+
+    is_right: bool
+
+    @property
+    def sentence(self) -> str:
+        """How far off it is, and why."""
+        off = (
+            f"off by up to {self.deviation.largest:.3g} on the parity panel, {self.deviation.rms:.2g} of its spread, "
+            f"where {self.tolerance:g} is allowed"
+        )
+        return off if self.is_right else f"{off}. {self.trap or NO_TRAP}"
+
+
 def panel(folder: Path) -> list[Ids]:
     """The panel's ids in the checkpoint's own tokenizer. Raises `CheckpointError`."""
     encoder = Encoder(PolarTokenizer(folder), LimitsConfig())
@@ -85,23 +110,28 @@ def check_parity(engine: Engine, config: EngineConfig, folder: Path) -> Deviatio
     Raises `EngineStartError`, with the way of going wrong that explains it, if that is more than the rounding of
     `config.dtype`, or than `config.parity_tolerance`.
     """
+    verdict = judge(engine, config, folder)
+    if verdict.is_right:
+        return verdict.deviation
+    raise EngineStartError(
+        f"engine {config.kind!r} does not give these weights' rewards: {verdict.sentence}",
+        expected=verdict.expected.tolist(),
+        found=verdict.found.tolist(),
+    )
+
+
+def judge(engine: Engine, config: EngineConfig, folder: Path) -> Verdict:
+    """`engine` on the panel, beside float32."""
     sequences = panel(folder)
     expected = _expected(folder, config, sequences)
     found = score_all(engine, sequences, share_prefixes=config.share_prefixes)
     tolerance = config.parity_tolerance if config.parity_tolerance is not None else TOLERANCE[config.dtype]
     deviation = measure(found, expected)
     if deviation.rms <= min(ROUNDING[config.dtype], tolerance):
-        return deviation
+        return Verdict(expected, found, deviation, tolerance, None, is_right=True)
     trap = find_trap(found, expected, sequences, folder, config)
-    if deviation.rms <= tolerance and (trap is None or config.parity_tolerance is not None):
-        return deviation
-    raise EngineStartError(
-        f"engine {config.kind!r} does not give these weights' rewards: off by up to {deviation.largest:.3g} on the "
-        f"parity panel, {deviation.rms:.2g} of its spread, where {config.dtype} allows {tolerance:g}. "
-        f"{trap or NO_TRAP}",
-        expected=expected.tolist(),
-        found=found.tolist(),
-    )
+    is_right = deviation.rms <= tolerance and (trap is None or config.parity_tolerance is not None)
+    return Verdict(expected, found, deviation, tolerance, trap, is_right=is_right)
 
 
 def score_all(engine: Engine, sequences: Sequence[Ids], *, share_prefixes: bool = True) -> Rewards:
@@ -132,9 +162,10 @@ def find_trap(
     if not np.isfinite(found).all():
         return "Some are not finite: engine.dtype is too narrow for these weights, or a kernel is broken here."
     off = measure(found, expected).rms
-    for words, compute in _suspects(expected, sequences, folder, config):
-        if measure(found, compute()).rms <= MATCHES * off:
-            return words
+    suspects = _suspects(expected, sequences, folder, config)
+    left, words = min(((measure(found, compute()).rms, words) for words, compute in suspects))
+    if left <= MATCHES * off:
+        return words
     if np.ptp(found) == 0:
         return "They are all the same: weights that were not loaded?"
     return None
@@ -143,7 +174,7 @@ def find_trap(
 def _suspects(
     expected: Rewards, sequences: Sequence[Ids], folder: Path, config: EngineConfig
 ) -> Iterator[tuple[str, Callable[[], Rewards]]]:
-    """(what went wrong, the rewards that it gives); the cheap ones first."""
+    """(what went wrong, the rewards that it gives)."""
     yield (
         "They are the sigmoids of the right ones: the engine puts an activation behind the head; turn it off "
         "(vLLM: use_activation = false).",

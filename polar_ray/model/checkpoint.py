@@ -76,12 +76,18 @@ class Checkpoint:
         """The dtype of the embedding, which published checkpoints use for every tensor."""
         return DTYPES[self.stored["model.tok_embeddings.weight"].dtype]
 
-    def read(self, name: str, dtype: torch.dtype, device: str | torch.device = "cpu") -> Tensor:
-        """One tensor, converted. Only this tensor is held in memory."""
+    def read(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        device: str | torch.device = "cpu",
+        part: tuple[slice, ...] = (),
+    ) -> Tensor:
+        """One tensor, or `part` of it, converted. No more than this is held in memory."""
         stored = self.stored[name]
         try:
             with safe_open(stored.file, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name)
+                tensor: Tensor = file.get_slice(name)[part] if part else file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{stored.file}: {name} cannot be read: {error}") from None
         return tensor.to(device=device, dtype=dtype)

@@ -10,8 +10,11 @@ from polar_ray.errors import CheckpointError
 
 EMBEDDED_FOLDER = Path(__file__).parent.parent / "checkpoints" / "polar-tiny"
 
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer.model", "tokenizer_config.json"]
-"""All that is ever read of a hub repository: no code, no pickles."""
+HUB_FILES = [
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer.model", "tokenizer_config.json"),
+    "README*.md",
+]
+"""All that is ever read of a hub repository: no code, no pickles. Its card publishes rewards to compare with."""
 
 
 def locate_model(model: str, revision: str | None = None) -> Path:

@@ -208,6 +208,8 @@ class RewardService:
             raise EngineError(BROKEN)
         if not self._batcher.is_alive:
             raise EngineError("nothing takes calls to the engine any more")
+        if not self.model.scorer.is_running():
+            raise EngineError("a process of the engine's has ended")
         since = self._batcher.computing_since
         if since is not None and time.monotonic() - since > self.config.engine_timeout_s:
             raise EngineError(f"an engine call takes longer than engine_timeout_s = {self.config.engine_timeout_s:g}")

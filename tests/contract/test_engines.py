@@ -2,7 +2,9 @@
 
 import pytest
 
+from polar_ray.config import EngineConfig
 from polar_ray.engines.fake import FakeEngine
+from polar_ray.engines.ranks import RanksEngine
 from polar_ray.engines.serve import ServeEngine
 from polar_ray.engines.torch.engine import TorchEngine
 from polar_ray.model.locate import EMBEDDED_FOLDER
@@ -14,6 +16,7 @@ CLAIMS = {
     "fake": Claims(0.0),
     "torch": Claims(1e-4),
     "torch-bfloat16": Claims(0.3),
+    "torch-2-ranks": Claims(1e-4),
     "serve": Claims(1e-4, any_sequence=False),
 }
 
@@ -36,6 +39,9 @@ def connect(name):
     elif name == "serve":
         with running_endpoint(serve_config(engine={"kind": "torch", "device": "cpu", "dtype": "float32"})) as address:
             yield lambda: ServeEngine.connect(address, max_in_flight=2, token_budget=10_000)
+    elif name == "torch-2-ranks":
+        config = EngineConfig(device="cpu", dtype="float32", tensor_parallel_size=2)
+        yield lambda: RanksEngine.start(EMBEDDED_FOLDER, config)
     else:
         dtype = "bfloat16" if name.endswith("bfloat16") else "float32"
         yield lambda: TorchEngine.load(EMBEDDED_FOLDER, dtype=dtype)

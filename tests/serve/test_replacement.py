@@ -9,14 +9,16 @@ import httpx
 import numpy as np
 import pytest
 
-from polar_ray.config import ServeConfig
+from polar_ray.config import EngineConfig, ServeConfig
 from polar_ray.engines.fake import FakeEngine
 from polar_ray.errors import EngineError, EngineUnavailable
 from polar_ray.planning import Batch
+from polar_ray.scoring import Scorer
 from polar_ray.serving.service import Model
 from tests.serve.caller import LEAKS
 from tests.serve.conftest import groups
 from tests.support.endpoint import model_of
+from tests.support.ranks import are_gone, ranks_below
 
 pytestmark = pytest.mark.ray
 
@@ -58,6 +60,31 @@ def test_a_replica_whose_engine_breaks_is_replaced(deploy, truth, tmp_path):
     assert asyncio.run(ask(endpoint.score)) == truth(triples)
     assert first not in endpoint.replicas()
     endpoint.check_errors()
+
+
+def test_a_replica_that_loses_a_rank_in_a_call_is_replaced_and_leaves_no_process(deploy):
+    engine = {"kind": "torch", "device": "cpu", "dtype": "float32", "tensor_parallel_size": 2, "threads": 2}
+    endpoint = deploy(engine=engine, load_model=Model.load)
+    (first,) = endpoint.replicas()
+    ranks = ranks_below(first)
+    assert len(ranks) == 2
+    triples = groups(2, 2)
+
+    async def ask():
+        async with endpoint.client() as client:
+            asking = asyncio.create_task(endpoint.score(client, triples))
+            await asyncio.sleep(0.5)
+            assert not asking.done()
+            ranks[1].kill()
+            return await asking
+
+    ranks[1].suspend()
+    found = asyncio.run(ask())
+    with Scorer.open(engine=EngineConfig(device="cpu", dtype="float32")) as scorer:
+        assert found == pytest.approx([row.reward for row in scorer.score(triples)], abs=1e-4)
+    endpoint.check_errors()
+    assert first not in endpoint.replicas()
+    assert are_gone(ranks)
 
 
 def test_tokens_are_wanted_through_the_proxy_and_can_be_rotated(deploy, tmp_path):

@@ -20,6 +20,7 @@ LAYERS = [
     ["scoring", "receipts"],
     ["corpus", "serving", "trainers"],
     ["bench", "evaluation", "training"],
+    ["verification"],
     ["cli"],
     ["__init__", "__main__"],
 ]

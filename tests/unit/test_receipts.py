@@ -73,7 +73,9 @@ def test_auto_means_the_checkpoints_dtype_on_a_gpu_and_float32_on_a_cpu(has_gpu,
 
 def test_what_no_engine_can_do_is_refused():
     with pytest.raises(ConfigError, match="tensor_parallel_size = 2"):
-        resolve_engine(EngineConfig(tensor_parallel_size=2), EMBEDDED_FOLDER, has_gpu=True)
+        resolve_engine(EngineConfig(kind="fake", tensor_parallel_size=2), EMBEDDED_FOLDER, has_gpu=True)
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size = 3.*num_key_value_heads = 4; take one of 1, 2, 4"):
+        resolve_engine(EngineConfig(tensor_parallel_size=3), EMBEDDED_FOLDER, has_gpu=True)
     with pytest.raises(ConfigError, match="no float16 matrix units"):
         resolve_engine(EngineConfig(dtype="float16"), EMBEDDED_FOLDER, has_gpu=False)
 

@@ -7,7 +7,7 @@ have added is rounded again by later ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from polar_ray.config import RopeBase
 from polar_ray.engines.torch.attention import attention_for
 from polar_ray.engines.torch.layout import Packed
 from polar_ray.engines.torch.linear import Linear, linear_kind
+from polar_ray.engines.torch.shard import Shard
 from polar_ray.model.architecture import split_wqkv
 from polar_ray.model.checkpoint import Checkpoint
 from polar_ray.model.rope import Rope
@@ -25,6 +26,12 @@ from polar_ray.model.rope import Rope
 CHUNK_TOKENS = {"cpu": 512, "cuda": 8192}
 """Tokens that go through a layer's products together. On a CPU the activations of a chunk stay in the cache; on a GPU
 this only bounds their memory."""
+
+
+WHOLE = Shard()
+
+AddUp = Callable[[Tensor], Tensor]
+"""From one shard's product to the sum over all of them, float32."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +49,27 @@ class Layer:
 class Decoder:
     """The weights of one model, packed for one device and dtype."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, rope_base: RopeBase) -> None:
-        """Reads and packs a tensor at a time, so that the peak of memory is the packed weights and one tensor."""
-        self._config = checkpoint.config
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        rope_base: RopeBase,
+        shard: Shard = WHOLE,
+        add_up: AddUp | None = None,
+    ) -> None:
+        """Reads and packs a tensor at a time, so that the peak of memory is the packed weights and one tensor.
+
+        With less than the `WHOLE`, `add_up` adds what the shards give."""
+        self._config = shard.config(checkpoint.config)
+        self._add_up = add_up or _alone
         self._dtype = dtype
         self._rope = Rope.of(checkpoint.config, rope_base)
         self._chunk = CHUNK_TOKENS[device.type]
-        self._attention = attention_for(dtype, device, checkpoint.config.head_dim, checkpoint.config.queries_per_key)
+        self._attention = attention_for(dtype, device, self._config.head_dim, self._config.queries_per_key)
         self._embedding = checkpoint.read("model.tok_embeddings.weight", dtype, device)
         self._layers = [
-            _read_layer(checkpoint, layer, dtype, device) for layer in range(checkpoint.config.num_hidden_layers)
+            _read_layer(checkpoint, layer, dtype, device, shard) for layer in range(self._config.num_hidden_layers)
         ]
         self._final_norm = checkpoint.read("model.norm.weight", torch.float32, device)
         self._head = checkpoint.read("v_head.weight", torch.float32, device)[0]
@@ -104,9 +122,9 @@ class Decoder:
         """What follows attention, added to `x_TH` in place."""
         for chunk in self._chunks(x_TH):
             x = x_TH[chunk]
-            x += layer.output(mixed_TH[chunk])
+            x += self._add_up(layer.output(mixed_TH[chunk]))
             normed = self._norm(x, layer.ffn_norm, self._dtype)
-            x += layer.down(layer.gate.silu(normed).mul_(layer.up(normed)))
+            x += self._add_up(layer.down(layer.gate.silu(normed).mul_(layer.up(normed))))
 
     def _chunks(self, rows: Tensor) -> Iterator[slice]:
         for start in range(0, len(rows), self._chunk):
@@ -140,11 +158,16 @@ def _side_by_side(weight: Tensor, head_dim: int) -> Tensor:
     return weight.view(-1, 2, head_dim // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def _read_layer(checkpoint: Checkpoint, number: int, dtype: torch.dtype, device: torch.device) -> Layer:
-    kind, config = linear_kind(dtype, device), checkpoint.config
+def _alone(product: Tensor) -> Tensor:
+    return product
+
+
+def _read_layer(checkpoint: Checkpoint, number: int, dtype: torch.dtype, device: torch.device, shard: Shard) -> Layer:
+    kind, config = linear_kind(dtype, device), shard.config(checkpoint.config)
 
     def read(name: str) -> Tensor:
-        return checkpoint.read(f"model.layers.{number}.{name}.weight", dtype, device)
+        name = f"model.layers.{number}.{name}.weight"
+        return checkpoint.read(name, dtype, device, shard.part(name, checkpoint.stored[name].shape))
 
     query, key, value = split_wqkv(read("attention.wqkv"), config)
     return Layer(

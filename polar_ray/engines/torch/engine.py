@@ -1,4 +1,4 @@
-"""The engine that runs in this process on torch alone: exact shared prefixes, no padding, CPU or CUDA."""
+"""Our engine, on torch alone: exact shared prefixes, no padding, CPU or CUDA. It runs in this process."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import torch
 
 from polar_ray import __version__
 from polar_ray.config import EngineConfig, RopeBase
-from polar_ray.engines.torch.decoder import Decoder
+from polar_ray.engines.base import Engine
+from polar_ray.engines.ranks import RanksEngine
+from polar_ray.engines.torch.decoder import WHOLE, AddUp, Decoder
 from polar_ray.engines.torch.layout import pack
+from polar_ray.engines.torch.shard import Shard
 from polar_ray.errors import EngineError, EngineStartError
 from polar_ray.model.checkpoint import Checkpoint
 from polar_ray.planning import Batch, Rewards
@@ -39,8 +42,11 @@ class TorchEngine:
         token_budget: int = 4096,
         rope_base: RopeBase = "hf",
         threads: int | None = None,
+        shard: Shard = WHOLE,
+        add_up: AddUp | None = None,
     ) -> TorchEngine:
-        """The checkpoint in `folder`, packed for `device` (`cpu`, `cuda`, `cuda:1`).
+        """The checkpoint in `folder`, packed for `device` (`cpu`, `cuda`, `cuda:1`); with a `shard` that part of it,
+        whose rewards are right if `add_up` adds the others' parts.
 
         `threads` sets torch's threads for the whole process; None leaves them. Raises `CheckpointError` for the
         folder and `EngineStartError` for the machine.
@@ -55,7 +61,7 @@ class TorchEngine:
         checkpoint = Checkpoint.open(folder)
         try:
             with torch.inference_mode():
-                decoder = Decoder(checkpoint, DTYPES[dtype], place, rope_base)
+                decoder = Decoder(checkpoint, DTYPES[dtype], place, rope_base, shard, add_up)
         except (MemoryError, RuntimeError) as error:
             raise EngineStartError(
                 f"{folder} does not load as {dtype} on {device}: {_first_line(error)}. If memory is what lacks, take "
@@ -105,8 +111,10 @@ class TorchEngine:
             )
 
 
-def start(folder: Path, engine: EngineConfig) -> TorchEngine:
-    """The engine that `engine`, resolved, names. Raises as `TorchEngine.load`."""
+def start(folder: Path, engine: EngineConfig) -> Engine:
+    """The engine that `engine`, resolved, names: here, or over several ranks. Raises as `TorchEngine.load`."""
+    if engine.tensor_parallel_size > 1:
+        return RanksEngine.start(folder, engine)
     return TorchEngine.load(
         folder,
         dtype=engine.dtype,
