@@ -25,7 +25,6 @@ from polar_ray.errors import ConfigError, EngineError, EngineProtocolError, Engi
 from polar_ray.model.llama import llama_form
 from polar_ray.model.locate import EMBEDDED_FOLDER
 from polar_ray.planning import plan
-from tests.support.engine_contract import *  # noqa: F403 - the suite
 from tests.support.engine_contract import Claims, draw, whole
 from tests.support.reference import Reference
 
@@ -248,3 +247,7 @@ def test_weights_that_do_not_load_are_an_error_and_leave_nothing(tmp_path):
     with pytest.raises(EngineStartError, match="SGLang does not start"):
         sglang._InProcess({"model_path": str(tmp_path), "device": "cpu"}, settings())
     assert not descendants() - before
+
+
+# The suite comes after the tests above that use its engine: its last one closes it.
+from tests.support.engine_contract import *  # noqa: E402, F403
