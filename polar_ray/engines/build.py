@@ -124,10 +124,11 @@ def describe_engine(engine: EngineConfig, folder: Path) -> dict[str, str]:
         from polar_ray.engines.serve import describe_endpoint
 
         return describe_endpoint(engine.address)
+    arguments = [f"{name}={value}" for name, value in sorted(engine.arguments.items())]
     return {
         "weights_digest": _weights_digest(engine, folder),
         "engine": engine.kind,
-        "engine_version": engine_module(engine.kind).engine_version(engine),
+        "engine_version": ", ".join([engine_module(engine.kind).engine_version(engine), *arguments]),
         "dtype": engine.dtype,
         "device": engine.device,
         "rope_base": engine.rope_base,
