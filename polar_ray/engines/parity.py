@@ -19,7 +19,7 @@ from polar_ray.config import EngineConfig, LimitsConfig
 from polar_ray.encoding.encode import EncodedTriple, Encoder
 from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.engines.base import Engine
-from polar_ray.errors import EngineStartError
+from polar_ray.errors import ConfigError, EngineStartError
 from polar_ray.planning import Ids, Rewards, plan
 from polar_ray.triples import Triple
 
@@ -121,9 +121,18 @@ def check_parity(engine: Engine, config: EngineConfig, folder: Path) -> Deviatio
 
 
 def judge(engine: Engine, config: EngineConfig, folder: Path) -> Verdict:
-    """`engine` on the panel, beside float32."""
-    sequences = panel(folder)
-    expected = _expected(folder, config, sequences)
+    """`engine` beside float32, on what of the panel is no longer than `config.max_tokens`.
+
+    Raises `ConfigError` where that is nothing, for then nobody would know whether the engine is right.
+    """
+    whole = panel(folder)
+    fitting = [row for row, ids in enumerate(whole) if config.max_tokens is None or len(ids) <= config.max_tokens]
+    if not fitting:
+        raise ConfigError(
+            f"engine.max_tokens = {config.max_tokens}: shorter than every triple of the parity panel; set "
+            f"{min(map(len, whole))} or more"
+        )
+    sequences, expected = [whole[row] for row in fitting], _expected(folder, config, whole)[fitting]
     found = score_all(engine, sequences, share_prefixes=config.share_prefixes)
     tolerance = config.parity_tolerance if config.parity_tolerance is not None else TOLERANCE[config.dtype]
     deviation = measure(found, expected)

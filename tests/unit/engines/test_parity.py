@@ -8,7 +8,7 @@ from polar_ray.engines import parity
 from polar_ray.engines.build import build_engine
 from polar_ray.engines.parity import check_parity, judge, panel
 from polar_ray.engines.torch.engine import TorchEngine
-from polar_ray.errors import EngineStartError
+from polar_ray.errors import ConfigError, EngineError, EngineStartError
 from polar_ray.model.locate import EMBEDDED_FOLDER
 from polar_ray.planning import Batch, Group
 
@@ -98,3 +98,26 @@ def test_the_reference_is_computed_once_for_the_weights(tmp_path, monkeypatch):
     check_parity(engine, FLOAT32, EMBEDDED_FOLDER)
     monkeypatch.setattr(parity, "_compute", lambda *_, **__: pytest.fail("computed again"))
     check_parity(engine, FLOAT32, EMBEDDED_FOLDER)
+
+
+class Short(Wrong):
+    """Refuses longer sequences than it is set up for, as other engines do."""
+
+    def score(self, batch):
+        if any(len(ids) > 100 for ids in batch.sequences()):
+            raise EngineError("a sequence of more than 100 tokens")
+        return super().score(batch)
+
+
+def test_an_engine_for_short_sequences_is_asked_for_no_longer_ones():
+    with pytest.raises(EngineError, match="more than 100 tokens"):
+        judge(Short(), FLOAT32, EMBEDDED_FOLDER)
+    short = EngineConfig(kind="vllm", device="cpu", dtype="float32", max_tokens=100)
+    assert judge(Short(), short, EMBEDDED_FOLDER).is_right
+    assert not judge(Short(change_rewards=sigmoid), short, EMBEDDED_FOLDER).is_right
+
+
+def test_an_engine_that_no_triple_of_the_panel_fits_is_refused():
+    tiny = EngineConfig(kind="vllm", device="cpu", dtype="float32", max_tokens=20)
+    with pytest.raises(ConfigError, match=r"engine\.max_tokens = 20: shorter than every triple .* set \d+ or more"):
+        judge(Short(), tiny, EMBEDDED_FOLDER)
