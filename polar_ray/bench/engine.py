@@ -36,6 +36,7 @@ METHODS = {
     "sorted": f"padded batches of like lengths up to {TOKEN_BUDGET} tokens, transformers",
     "unshared": "torch engine, every sequence whole",
     "shared": "torch engine, common prefixes once",
+    "deterministic": "the same, with engine.deterministic",
 }
 
 
@@ -108,11 +109,13 @@ def _bench_dtype(
     """Everything but the errors, and the rewards to count them from."""
     model = load_polar(folder, dtype=DTYPES[dtype])
     engine = TorchEngine.load(folder, dtype=dtype, token_budget=TOKEN_BUDGET)
+    deterministic = TorchEngine.load(folder, dtype=dtype, token_budget=TOKEN_BUDGET, deterministic=True)
     methods = {
         "readme": _padded_method(model, sequences, _readme_batches(sequences)),
         "sorted": _padded_method(model, sequences, _sorted_batches(sequences)),
         "unshared": _engine_method(engine, model.checkpoint_config, sequences, share=False),
         "shared": _engine_method(engine, model.checkpoint_config, sequences, share=True),
+        "deterministic": _engine_method(deterministic, model.checkpoint_config, sequences, share=True),
     }
     n_tokens = sum(map(len, sequences))
     results = {

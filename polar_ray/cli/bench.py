@@ -50,7 +50,7 @@ def engine(
 ) -> None:
     """Compare the torch engine with padded batches through transformers, on a CPU.
 
-    Ids are random; lengths are those of GSM8K triples. The four methods take turns in one process; the least CPU
+    Ids are random; lengths are those of GSM8K triples. The methods take turns in one process; the least CPU
     seconds of each decide, so that other work on the machine does not. One dtype a run gives the cleanest figures.
 
     [dim]polar-ray bench engine --shape small --dtype bfloat16 --output engine.json[/]

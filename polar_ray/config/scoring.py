@@ -59,7 +59,9 @@ class EngineConfig(Settings):
     """`hf`: the rotary base as trained. `sglang-static` exists to reproduce the rewards on POLAR's model card."""
 
     deterministic: bool = False
-    """Of `vllm` and `sglang` on GPUs: their own mode in which a reward does not depend on its company."""
+    """Give a triple the same bits alone, in any batch, in any order, shared or not, in a job and from an endpoint: on
+    the same kind of device, with the same versions. Of `torch` without tensor parallelism, on CPUs and GPUs; of `vllm`
+    and `sglang` their own modes, on GPUs only, which promise what they promise."""
 
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs of one engine, each with a part of every layer: for models that one GPU does not hold, or not fast enough.

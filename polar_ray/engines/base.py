@@ -15,7 +15,9 @@ class Engine(Protocol):
     - one float32 reward per sequence of the batch, in the batch's order; an empty batch gives an empty array;
     - the reward is the raw scalar of the value head at the sequence's last token: no activation, no bias, no clamp;
     - the same sequence alone, in any batch, with or without a shared prefix gives the same reward within rounding;
-    - the same batch gives the same bits again;
+    - the same batch gives the same bits again; of engines that batch by themselves (vLLM, SGLang, LMDeploy) the same
+      rewards within rounding;
+    - with `engine.deterministic` the torch engine gives a sequence the same bits in any batch, shared or not;
     - a reward that is not finite is returned as it is, never replaced; the `Scorer` decides what becomes of it;
     - a failure of the whole batch is an `EngineError`, never a short array; `ProcessCrashed` if the batch took the
       engine's own processes away, which only another engine brings back;

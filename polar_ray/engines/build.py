@@ -82,11 +82,8 @@ def refuse_unsupported(engine: EngineConfig) -> None:
             f"engine.tensor_parallel_size = {engine.tensor_parallel_size}: engine {engine.kind!r} has no weights to "
             "divide; leave it at 1"
         )
-    if engine.deterministic and engine.kind not in ("vllm", "sglang"):
-        raise ConfigError(
-            f"engine.deterministic: engine {engine.kind!r} has no such mode; leave it out. Its rewards depend on their "
-            "company by rounding alone"
-        )
+    if engine.deterministic:
+        _refuse_nondeterministic(engine)
     if engine.kind == "lmdeploy" and not (engine.address or engine.python):
         raise ConfigError(
             "engine.kind = 'lmdeploy': runs as a server only; set engine.python to the interpreter that has lmdeploy, "
@@ -125,14 +122,26 @@ def describe_engine(engine: EngineConfig, folder: Path) -> dict[str, str]:
 
         return describe_endpoint(engine.address)
     arguments = [f"{name}={value}" for name, value in sorted(engine.arguments.items())]
+    mode = ["deterministic"] if engine.deterministic else []
     return {
         "weights_digest": _weights_digest(engine, folder),
         "engine": engine.kind,
-        "engine_version": ", ".join([engine_module(engine.kind).engine_version(engine), *arguments]),
+        "engine_version": ", ".join([engine_module(engine.kind).engine_version(engine), *mode, *arguments]),
         "dtype": engine.dtype,
         "device": engine.device,
         "rope_base": engine.rope_base,
     }
+
+
+def _refuse_nondeterministic(engine: EngineConfig) -> None:
+    if engine.kind not in ("torch", "vllm", "sglang"):
+        instead = "set it where the endpoint is served" if engine.kind == "serve" else "set engine.kind = 'torch'"
+        raise ConfigError(f"engine.deterministic: engine {engine.kind!r} has no such mode; {instead}, or leave it out")
+    if engine.kind == "torch" and engine.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"engine.deterministic: not with engine.tensor_parallel_size = {engine.tensor_parallel_size}, as sums over "
+            "ranks are rounded otherwise; leave one of the two out"
+        )
 
 
 def _refuse_uneven(engine: EngineConfig, folder: Path) -> None:

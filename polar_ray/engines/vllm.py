@@ -15,11 +15,10 @@ import gc
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -27,14 +26,12 @@ import numpy as np
 import torch
 
 from polar_ray.config import EngineConfig
+from polar_ray.engines.outside import Arguments, first_line, installed, member, refuse_arguments
 from polar_ray.engines.server import EngineHttp, OwnServer, free_address
 from polar_ray.errors import ConfigError, EngineError, EngineProtocolError, EngineStartError
 from polar_ray.model.checkpoint import Checkpoint, CheckpointConfig
 from polar_ray.model.llama import llama_form
 from polar_ray.planning import Batch, Rewards
-
-Arguments = dict[str, bool | int | float | str | dict[str, object]]
-"""Of vLLM, by its names for them in Python."""
 
 BLOCK_SIZE = {"cpu": 32}
 """Tokens of a block of the prefix cache, which only whole blocks are found in: on a CPU vLLM's own choice is 128, and
@@ -45,7 +42,7 @@ CACHED_CALLS = 2
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-OURS = ("trust_remote_code", "host", "port", "task", "skip_tokenizer_init", "hf_overrides", "override_pooler_config")
+REFUSED = ("trust_remote_code", "host", "port", "task", "skip_tokenizer_init", "hf_overrides", "override_pooler_config")
 """Arguments that are set here or never, besides those of `engine_arguments`; `engine.arguments` may not name them."""
 
 TUNABLE = ("block_size", "kv_cache_memory_bytes")
@@ -53,12 +50,6 @@ TUNABLE = ("block_size", "kv_cache_memory_bytes")
 
 SERVER = "vllm.entrypoints.openai.api_server"
 """As a module: the `vllm` command asks for the metadata of a distribution of that name, and CPU builds have another."""
-
-VERSIONS = (
-    "import importlib.metadata as m; "
-    "names = [*m.packages_distributions()['vllm'][:1], 'torch']; "
-    "print(', '.join(f'{name} {m.version(name)}' for name in names))"
-)
 
 NO_WORDS: dict[str, Any] = {
     "version": "1.0",
@@ -136,10 +127,11 @@ def engine_version(engine: EngineConfig) -> str:
     if engine.address is not None:
         http = EngineHttp(engine.address, name="vllm")
         try:
-            return f"vllm {_member(http.get('/version'), 'version', str, '/version')}"
+            version = member(http.get("/version"), "version", "vllm's /version", str)
+            return f"vllm {version}"
         finally:
             http.close()
-    return _installed(engine.python)
+    return installed("vllm", engine.python)
 
 
 def engine_arguments(form: Path, tokenizer: Path, engine: EngineConfig, config: CheckpointConfig) -> Arguments:
@@ -159,14 +151,9 @@ def engine_arguments(form: Path, tokenizer: Path, engine: EngineConfig, config: 
         "tensor_parallel_size": engine.tensor_parallel_size,
     }
     if engine.device == "cpu":
-        ours |= {"block_size": BLOCK_SIZE["cpu"], "kv_cache_memory_bytes": _cache_bytes(engine, config)}
-    for name in engine.arguments:
-        if name in OURS or (name in ours and name not in TUNABLE):
-            raise ConfigError(
-                f"engine.arguments.{name}: decides what vLLM computes or who may ask it, so polar_ray sets it; leave "
-                "it out"
-            )
-    return ours | engine.arguments
+        ours = {**ours, "block_size": BLOCK_SIZE["cpu"], "kv_cache_memory_bytes": _cache_bytes(engine, config)}
+    refuse_arguments(engine.arguments, ours, tunable=TUNABLE, refused=REFUSED)
+    return {**ours, **engine.arguments}
 
 
 def as_flags(arguments: Arguments) -> Iterator[str]:
@@ -203,10 +190,10 @@ def read_reply(reply: Any, n: int) -> list[float]:
     Of a token-wise reply, which a server gives that runs POLAR under its own name, the last token's number is the
     reward. Raises `EngineProtocolError` for anything else.
     """
-    data = _member(reply, "data", list, "its reply")
+    data = member(reply, "data", "vllm's reply", list)
     found: dict[int, float] = {}
     for entry in data:
-        value = _member(entry, "data", list, "a row of its reply")
+        value = member(entry, "data", "a row of vllm's reply", list)
         if value and isinstance(value[-1], list):
             value = value[-1]
         if len(value) != 1 or not isinstance(value[0], int | float):
@@ -214,7 +201,7 @@ def read_reply(reply: Any, n: int) -> list[float]:
                 f"vllm gave {len(value)} numbers for a sequence: a model without a head of one label, or a server that "
                 "embeds; serve the reward model with --runner pooling"
             )
-        found[_member(entry, "index", int, "a row of its reply")] = float(value[0])
+        found[member(entry, "index", "a row of vllm's reply", int)] = float(value[0])
     if sorted(found) != list(range(n)) or len(data) != n:
         raise EngineProtocolError(f"expected {n} rewards, one per sequence, found {len(data)} rows in vllm's reply")
     return [found[index] for index in range(n)]
@@ -272,7 +259,7 @@ class _InProcess:
             outputs = self._llm.encode(prompts, self._params, pooling_task="classify", use_tqdm=False)
         except Exception as error:  # whatever it raises, the batch has no rewards
             raise EngineError(
-                f"vLLM failed on a batch of {len(sequences)} sequences: {_first_line(error)}", sequences=len(sequences)
+                f"vLLM failed on a batch of {len(sequences)} sequences: {first_line(error)}", sequences=len(sequences)
             ) from error
         return [float(output.outputs.data.item()) for output in outputs]
 
@@ -315,7 +302,7 @@ def _load(arguments: Arguments, device: str) -> tuple[Any, Any]:
     try:
         llm = LLM(**arguments)
     except (Exception, SystemExit) as error:
-        raise EngineStartError(f"vLLM does not start: {_first_line(error)}. Its log above says more") from error
+        raise EngineStartError(f"vLLM does not start: {first_line(error)}. Its log above says more") from error
     return llm, PoolingParams(use_activation=False)
 
 
@@ -324,8 +311,8 @@ def _connect(engine: EngineConfig) -> _Server:
     assert engine.address is not None
     http = EngineHttp(engine.address, name="vllm")
     try:
-        models = _member(http.get("/v1/models"), "data", list, "/v1/models")
-        longest = min(_member(model, "max_model_len", int, "/v1/models") for model in models)
+        models = member(http.get("/v1/models"), "data", "vllm's /v1/models", list)
+        longest = min(member(model, "max_model_len", "vllm's /v1/models", int) for model in models)
         if engine.max_tokens is not None and longest < engine.max_tokens:
             raise ConfigError(
                 f"limits.max_tokens = {engine.max_tokens}: the vLLM at engine.address takes sequences of up to "
@@ -340,7 +327,7 @@ def _connect(engine: EngineConfig) -> _Server:
 def _start_server(form: Path, engine: EngineConfig, config: CheckpointConfig) -> _Server:
     """A server of this process's own. Ranks are in one also without `engine.python`: vLLM's own child processes stay
     behind, memory and all, when the process that has started them is killed."""
-    _installed(engine.python)
+    installed("vllm", engine.python)
     address, tokenizer = free_address(), _write_tokenizer()
     try:
         host, port = address.split(":")
@@ -348,7 +335,7 @@ def _start_server(form: Path, engine: EngineConfig, config: CheckpointConfig) ->
         where: Arguments = {"host": host, "port": port, "disable_uvicorn_access_log": True}
         http = EngineHttp(address, name="vllm")
         own = OwnServer.start(
-            [engine.python or sys.executable, "-m", SERVER, *as_flags(where | arguments)],
+            [engine.python or sys.executable, "-m", SERVER, *as_flags({**where, **arguments})],
             name="vllm",
             is_ready=partial(http.answers, "/health"),
             timeout_s=engine.start_timeout_s,
@@ -389,27 +376,3 @@ def _write_tokenizer() -> Path:
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))  # else it complains and waits
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     return folder
-
-
-@cache
-def _installed(python: str | None) -> str:
-    """The versions that `python`, or this interpreter, has."""
-    try:
-        done = subprocess.run([python or sys.executable, "-c", VERSIONS], capture_output=True, text=True, timeout=120)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise EngineStartError(f"engine.python = {python!r}: does not run ({type(error).__name__})") from None
-    if done.returncode:
-        where = f"engine.python = {python!r}: has no vLLM" if python else "engine.kind = 'vllm': vLLM is not here"
-        why = (done.stderr.strip() or "it says nothing").splitlines()[-1]
-        raise EngineStartError(f"{where} ({why}); install polar_ray[vllm] there, or set engine.python to another")
-    return done.stdout.strip()
-
-
-def _member(value: Any, name: str, kind: type, where: str) -> Any:
-    if not isinstance(value, dict) or not isinstance(value.get(name), kind):
-        raise EngineProtocolError(f"vllm answered without {name} in {where}: another kind of server, or version")
-    return value[name]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -16,6 +16,7 @@ CLAIMS = {
     "fake": Claims(0.0),
     "torch": Claims(1e-4),
     "torch-bfloat16": Claims(0.3),
+    "torch-deterministic": Claims(0.0),
     "torch-2-ranks": Claims(1e-4),
     "serve": Claims(1e-4, any_sequence=False),
 }
@@ -44,4 +45,4 @@ def connect(name):
         yield lambda: RanksEngine.start(EMBEDDED_FOLDER, config)
     else:
         dtype = "bfloat16" if name.endswith("bfloat16") else "float32"
-        yield lambda: TorchEngine.load(EMBEDDED_FOLDER, dtype=dtype)
+        yield lambda: TorchEngine.load(EMBEDDED_FOLDER, dtype=dtype, deterministic=name.endswith("deterministic"))

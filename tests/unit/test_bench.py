@@ -21,7 +21,7 @@ def test_all_methods_are_measured_and_agree(tmp_path):
     assert content["versions"]["torch"]
     assert content["hardware"]["cpus"] >= 1
     (result,) = content["results"]
-    assert [row["method"] for row in result["methods"]] == ["readme", "sorted", "unshared", "shared"]
+    assert [row["method"] for row in result["methods"]] == ["readme", "sorted", "unshared", "shared", "deterministic"]
     for row in result["methods"]:
         assert len(row["cpu_s"]) == len(row["wall_s"]) == 2
         assert row["max_error"] < 1e-3

@@ -24,6 +24,9 @@ it the products get too small to run at full speed."""
 BLOCK_SCORES = 1 << 25
 """Scores of one block at most, which bounds memory for long sequences: 64 MB in bfloat16."""
 
+PLACED_BLOCK_TOKENS = 128
+"""Query tokens of one block where blocks begin at multiples of this in their own sequence."""
+
 SDPA_BLOCK_TOKENS = 1024
 """Query tokens of one call with an explicit mask, whose memory is this times the keys."""
 
@@ -40,7 +43,12 @@ class Attention(Protocol):
         ...
 
 
-def attention_for(dtype: torch.dtype, device: torch.device, head_dim: int, queries_per_key: int) -> Attention:
+def attention_for(
+    dtype: torch.dtype, device: torch.device, head_dim: int, queries_per_key: int, block_tokens: int | None = None
+) -> Attention:
+    """The fastest that is right here; with `block_tokens` the one whose blocks have their place in the sequence."""
+    if block_tokens is not None:
+        return PlacedAttention(dtype, device, head_dim, queries_per_key, block_tokens)
     if onednn_works(dtype, device.type):
         return BlockAttention(dtype, head_dim, queries_per_key)
     return SdpaAttention(head_dim)
@@ -116,6 +124,65 @@ class BlockAttention:
                     sums[part, place] = total
         lowest, highest = torch.aminmax(sums)
         return out.flatten(1), float(lowest), float(highest)
+
+
+class PlacedAttention:
+    """Blocks of `block_tokens` queries that begin at multiples of it in their own sequence, for deterministic rewards.
+
+    A token's scores, weights and values are then row for row the same products of the same shapes, whatever else is
+    in the batch and however much of its sequence is a shared prefix: what is missing of a block is filled up with
+    zeros. One query token to a block is for calls in which each sequence has a single one.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, head_dim: int, queries_per_key: int, block_tokens: int
+    ) -> None:
+        self.score_scale = head_dim**-0.5
+        self._size = block_tokens
+        later = torch.full((block_tokens, block_tokens), -math.inf, device=device).triu(1)
+        self._later = later.repeat_interleave(queries_per_key, 0).to(dtype)
+        self._mix = _mix_by_products if onednn_works(dtype, device.type) else _mix_by_sdpa
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, families: Sequence[Family]) -> Tensor:
+        groups, n_tokens, per_key, size = queries.shape
+        out = queries.new_zeros(n_tokens, groups, per_key, size)
+        for segment, n_prefix, own_keys, own_values in _segments(families, keys, values):
+            n_keys = n_prefix + len(segment.own)
+            first = n_keys - len(segment.queries)
+            missing = -n_keys % self._size
+            own_keys, own_values = (F.pad(part, (0, 0, 0, missing)) for part in (own_keys, own_values))
+            for start in range(first - first % self._size, n_keys, self._size):
+                end = start + self._size
+                inside = slice(max(first - start, 0), min(n_keys - start, self._size))
+                place = segment.queries.start + start - first
+                rows = slice(place + inside.start, place + inside.stop)
+                block = queries.new_zeros(groups, self._size, per_key, size)
+                block[:, inside] = queries[:, rows]
+                mixed = self._mix(block.flatten(1, 2), own_keys[:, :end], own_values[:, :end], self._later)
+                out[rows] = mixed.view(block.shape)[:, inside].transpose(0, 1)
+        return out.flatten(1)
+
+
+def _mix_by_products(queries: Tensor, keys: Tensor, values: Tensor, later: Tensor) -> Tensor:
+    """`[G, M, D]` from queries `[G, M, D]`, keys and values `[G, N, D]`, and what hides the last keys, `[M, n]`.
+
+    torch's softmax takes each row by itself, so that its bits do not depend on the number of threads either.
+    """
+    mixed = torch.empty_like(queries)
+    step = len(queries) if queries.dtype == torch.bfloat16 else 1
+    for g in range(0, len(queries), step):
+        part = slice(g, g + step)
+        weights = _product(queries[part], keys[part].contiguous())
+        weights[..., -later.shape[1] :] += later
+        mixed[part] = _product(weights.softmax(-1), values[part].mT.contiguous())
+    return mixed
+
+
+def _mix_by_sdpa(queries: Tensor, keys: Tensor, values: Tensor, later: Tensor) -> Tensor:
+    """As `_mix_by_products`."""
+    mask = F.pad(later, (keys.shape[1] - later.shape[1], 0))
+    q, k, v = (part.contiguous().unsqueeze(0) for part in (queries, keys, values))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)[0]
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from polar_ray.config import EngineConfig, RopeBase
 from polar_ray.engines.base import Engine
 from polar_ray.engines.ranks import RanksEngine
 from polar_ray.engines.torch.decoder import WHOLE, AddUp, Decoder
+from polar_ray.engines.torch.determinism import even_lengths, fill_up
 from polar_ray.engines.torch.layout import pack
 from polar_ray.engines.torch.shard import Shard
 from polar_ray.errors import EngineError, EngineStartError
@@ -25,8 +28,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class TorchEngine:
     """Keeps the promises of `Engine`. Not thread-safe."""
 
-    def __init__(self, decoder: Decoder, *, device: torch.device, vocab_size: int, token_budget: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        device: torch.device,
+        vocab_size: int,
+        token_budget: int,
+        even_lengths: Sequence[int] = (),
+    ) -> None:
+        """With `even_lengths`, batches are filled up to such numbers of rows, see `determinism.py`."""
         self._decoder: Decoder | None = decoder
+        self._fill_up = partial(fill_up, lengths=even_lengths) if even_lengths else None
         self._device = device
         self._vocab_size = vocab_size
         self._token_budget = token_budget
@@ -44,12 +57,15 @@ class TorchEngine:
         threads: int | None = None,
         shard: Shard = WHOLE,
         add_up: AddUp | None = None,
+        deterministic: bool = False,
     ) -> TorchEngine:
         """The checkpoint in `folder`, packed for `device` (`cpu`, `cuda`, `cuda:1`); with a `shard` that part of it,
         whose rewards are right if `add_up` adds the others' parts.
 
-        `threads` sets torch's threads for the whole process; None leaves them. Raises `CheckpointError` for the
-        folder and `EngineStartError` for the machine.
+        `threads` sets torch's threads for the whole process; None leaves them. `deterministic` gives a sequence the
+        same bits alone, in any batch and with or without a shared prefix, on this kind of device with this torch.
+        Raises `CheckpointError` for the folder and `EngineStartError` for the machine, also if it cannot be
+        deterministic on it.
         """
         if dtype not in DTYPES:
             raise EngineStartError(f"engine.dtype = {dtype!r}: expected one of {', '.join(DTYPES)}")
@@ -61,13 +77,22 @@ class TorchEngine:
         checkpoint = Checkpoint.open(folder)
         try:
             with torch.inference_mode():
-                decoder = Decoder(checkpoint, DTYPES[dtype], place, rope_base, shard, add_up)
+                decoder = Decoder(
+                    checkpoint, DTYPES[dtype], place, rope_base, shard, add_up, deterministic=deterministic
+                )
+                lengths = even_lengths(decoder, checkpoint.config.hidden_size, place) if deterministic else ()
         except (MemoryError, RuntimeError) as error:
             raise EngineStartError(
                 f"{folder} does not load as {dtype} on {device}: {_first_line(error)}. If memory is what lacks, take "
                 "a narrower engine.dtype, a device with more memory or fewer engines on it"
             ) from error
-        return cls(decoder, device=place, vocab_size=checkpoint.config.vocab_size, token_budget=token_budget)
+        return cls(
+            decoder,
+            device=place,
+            vocab_size=checkpoint.config.vocab_size,
+            token_budget=token_budget,
+            even_lengths=lengths,
+        )
 
     @property
     def token_budget(self) -> int:
@@ -84,9 +109,9 @@ class TorchEngine:
         if not len(batch):
             return np.empty(0, dtype=np.float32)
         try:
-            packed = pack(batch, self._max_shared_length)
+            packed = pack(batch, self._max_shared_length, self._fill_up)
             self._check_ids(packed.ids_T.numpy())
-            rewards: Rewards = self._decoder.rewards(packed.to(self._device)).cpu().numpy()
+            rewards: Rewards = self._decoder.rewards(packed.to(self._device))[: len(batch)].cpu().numpy()
         except (MemoryError, RuntimeError) as error:
             raise EngineError(
                 f"a batch of {len(batch)} sequences, {batch.computed_tokens} tokens, failed: {_first_line(error)}. "
@@ -122,6 +147,7 @@ def start(folder: Path, engine: EngineConfig) -> Engine:
         token_budget=engine.token_budget or 4096,
         rope_base=engine.rope_base,
         threads=engine.threads,
+        deterministic=engine.deterministic,
     )
 
 

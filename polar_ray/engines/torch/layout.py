@@ -5,7 +5,7 @@ Letters: T computed tokens, S sequences.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,8 +64,12 @@ class Packed:
         return Packed(ids_T, positions_T, lengths_T, last_S, self.every_token, self.last_tokens)
 
 
-def pack(batch: Batch, max_shared_length: int | None = None) -> Packed:
-    """`batch` must hold at least one sequence. A group with a longer sequence than `max_shared_length` is unshared."""
+def pack(batch: Batch, max_shared_length: int | None = None, fill_up: Callable[[int], int] | None = None) -> Packed:
+    """`batch` must hold at least one sequence. A group with a longer sequence than `max_shared_length` is unshared.
+
+    With `fill_up`, from a number of rows to the number there must be, tokens that nobody attends to and last places
+    that nobody asks for follow at the end.
+    """
     ids: list[Ids] = []
     positions: list[Ids] = []
     lengths: list[Ids] = []
@@ -90,6 +94,13 @@ def pack(batch: Batch, max_shared_length: int | None = None) -> Packed:
         every.append(Family(prefix, tuple(Segment(span, span) for span in own)))
         lasts.append(Family(prefix, tuple(Segment(Span(n, n + 1), span) for n, span in enumerate(own, len(last)))))
         last += [span.end - 1 for span in own]
+
+    if fill_up is not None:
+        n_missing = fill_up(place) - place
+        ids.append(np.zeros(n_missing, dtype=np.int32))
+        positions.append(np.zeros(n_missing, dtype=np.int32))
+        lengths.append(np.ones(n_missing, dtype=np.int32))
+        last += [0] * (fill_up(len(last)) - len(last))
 
     def tensor(parts: list[Ids]) -> Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))

@@ -65,8 +65,8 @@ def test_rewards_are_put_where_their_index_says():
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
-        ([], "without data in its reply"),
-        ({"data": "x"}, "without data in its reply"),
+        ([], "no data in vllm's reply"),
+        ({"data": "x"}, "no data in vllm's reply"),
         (rows([1.0]), "expected 2 rewards, one per sequence, found 1 rows"),
         (rows([1.0], [1.0], [1.0]), "expected 2 rewards, one per sequence, found 3 rows"),
         ({"data": [*rows([1.0])["data"], *rows([1.0])["data"]]}, "expected 2 rewards"),
@@ -74,7 +74,7 @@ def test_rewards_are_put_where_their_index_says():
         (rows([1.0], []), "gave 0 numbers for a sequence"),
         (rows([1.0], [[0.1, 0.9]]), "gave 2 numbers for a sequence"),
         (rows([1.0], [None]), "gave 1 numbers for a sequence"),
-        ({"data": [{"index": 0, "probs": [0.5]}, {"index": 1}]}, "without data in a row"),
+        ({"data": [{"index": 0, "probs": [0.5]}, {"index": 1}]}, "no data in a row of vllm's reply"),
     ],
 )
 def test_a_reply_that_is_not_one_reward_per_sequence_is_a_protocol_error(reply, message):
