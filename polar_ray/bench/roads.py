@@ -15,21 +15,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import IO, Any
 
 import httpx
 import uvicorn
 from fastapi import FastAPI
 
+from polar_ray.bench.processes import ProcessTree
 from polar_ray.config import HttpConfig, ServeConfig
 from polar_ray.errors import EngineStartError
 from polar_ray.serving.api import build_api
 from polar_ray.serving.service import Model, RewardService, freeze_heap
 
 START_S, STOP_S = 120.0, 60.0
-
-CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -40,16 +38,8 @@ class Endpoint:
     pid: int
 
     def cpu_s(self) -> float:
-        """User and system seconds so far of its process and all that descend from it. Needs Linux."""
-        parents, seconds = {}, {}
-        for file in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                values = file.read_text().rpartition(")")[2].split()
-            except OSError:  # it ended meanwhile
-                continue
-            pid = int(file.parent.name)
-            parents[pid], seconds[pid] = int(values[1]), (int(values[11]) + int(values[12])) / CLOCK_TICKS
-        return sum(spent for pid, spent in seconds.items() if _descends(pid, self.pid, parents))
+        """User and system seconds so far of its process and all that descend from it."""
+        return ProcessTree(self.pid).cpu_s()
 
 
 @contextmanager
@@ -179,11 +169,3 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def _descends(pid: int, ancestor: int, parents: Mapping[int, int]) -> bool:
-    while pid != ancestor:
-        if pid not in parents:
-            return False
-        pid = parents[pid]
-    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from polar_ray.model.architecture import CheckpointConfig
 from polar_ray.model.checkpoint import save_checkpoint
+from polar_ray.model.locate import EMBEDDED_FOLDER
 from polar_ray.model.polar import PolarForReward
 from polar_ray.planning import Ids
 from polar_ray.triples import Triple
@@ -52,13 +54,16 @@ WORDS = (
 
 
 def write_random_checkpoint(folder: Path, shape: Shape, *, seed: int = 0) -> None:
-    """A bfloat16 checkpoint whose rewards of random ids have a standard deviation near 2."""
+    """A bfloat16 checkpoint whose rewards of random ids have a standard deviation near 2, with the tokenizer that ships
+    here, which has fewer ids."""
+    embedded = json.loads((EMBEDDED_FOLDER / "config.json").read_text())
     config = CheckpointConfig.from_json(
         json.dumps(
             {
                 "architectures": ["InternLM2ForRewardModel"],
                 "bias": False,
                 "max_position_embeddings": 32768,
+                "reward_token_id": embedded["reward_token_id"],
                 "rms_norm_eps": 1e-5,
                 "rope_theta": 1000000.0,
                 "torch_dtype": "bfloat16",
@@ -77,6 +82,8 @@ def write_random_checkpoint(folder: Path, shape: Shape, *, seed: int = 0) -> Non
             scale = 2.0 if name == "v_head.weight" else 1.0
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * (scale / fan_in**0.5))
     save_checkpoint(model.to(torch.bfloat16), folder)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copyfile(EMBEDDED_FOLDER / name, folder / name)
 
 
 def random_groups(n_groups: int, group_size: int, vocab_size: int, *, seed: int = 0) -> list[Ids]:

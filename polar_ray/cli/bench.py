@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,11 +15,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from polar_ray.config import EMBEDDED_MODEL
+from polar_ray.cli.options import Assignments, ConfigFile, engine_settings
+from polar_ray.config import EMBEDDED_MODEL, ScoreConfig, load_config
 from polar_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from polar_ray.bench.engine import DtypeResult
+    from polar_ray.bench.engines import EngineResult
     from polar_ray.bench.serve import Comparison, Result
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed and exactness on this machine.")
@@ -56,17 +59,13 @@ def engine(
     [dim]polar-ray bench engine --shape small --dtype bfloat16 --output engine.json[/]
     """
     from polar_ray.bench.engine import bench_engine
-    from polar_ray.bench.workload import SHAPES, random_groups, write_random_checkpoint
+    from polar_ray.bench.workload import SHAPES, random_groups
     from polar_ray.model.checkpoint import Checkpoint
-    from polar_ray.model.locate import locate_model
 
     dtypes = dtype or ["float32", "bfloat16"]
     if unknown := set(dtypes) - {"float32", "bfloat16"}:
         raise ConfigError(f"--dtype {min(unknown)}: expected float32 or bfloat16")
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) if model is None else locate_model(model)
-        if model is None:
-            write_random_checkpoint(folder, SHAPES[shape], seed=seed)
+    with _checkpoint(shape, model, seed) as folder:
         vocab_size = Checkpoint.open(folder).config.vocab_size
         sequences = random_groups(groups, group_size, vocab_size, seed=seed)
         results = bench_engine(folder, sequences, dtypes=dtypes, rounds=rounds, threads=threads)
@@ -95,6 +94,79 @@ def engine(
             ]
         )
         content = {"command": command, **provenance(), "settings": settings, "results": [asdict(r) for r in results]}
+        _write(output, content)
+
+
+@app.command()
+def engines(
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="torch, vllm or sglang; or as KIND=PYTHON with the interpreter that has it. Repeatable. Left out: "
+            "torch and what else this environment has."
+        ),
+    ] = None,
+    shape: Annotated[
+        Literal["tiny", "small", "medium"],
+        typer.Option(help="Random weights of this shape: 2, 59 or 292 M parameters."),
+    ] = "small",
+    model: Annotated[
+        str | None, typer.Option(help="A checkpoint's folder or hub name instead of random weights.")
+    ] = None,
+    groups: Annotated[int, typer.Option(min=1, help="Groups of outputs that share prompt and reference.")] = 8,
+    group_size: Annotated[int, typer.Option(min=1, help="Outputs of one group.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each engine.")] = 5,
+    seed: Annotated[int, typer.Option(help="Of weights, ids and lengths.")] = 0,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the results as JSON to this file.")
+    ] = None,
+) -> None:
+    """Compare engines, each with shared prefixes and without.
+
+    Each engine is started as a job would start it, in processes of its own,
+    and they take turns on the same ids; those of the others stand still. The
+    ids of each round are new. Errors are from float32 of the same weights.
+
+    [dim]polar-ray bench engines --engine torch --engine vllm=.engines/vllm/bin/python[/]
+    [dim]polar-ray bench engines --set engine.dtype=bfloat16 --model internlm/POLAR-1_8B[/]
+    """
+    from polar_ray.bench.engines import bench_engines, installed_kinds
+    from polar_ray.bench.workload import SHAPES, random_groups
+    from polar_ray.model.checkpoint import Checkpoint
+
+    named = engine or installed_kinds()
+    settings = [load_config(ScoreConfig, config, assignments or (), **engine_settings(each)) for each in named]
+    busy_before, notes = os.getloadavg(), Console(stderr=True)
+    with _checkpoint(shape, model, seed) as folder, notes.status("") as status:
+        vocab_size = Checkpoint.open(folder).config.vocab_size
+        sequences = random_groups(groups, group_size, vocab_size, seed=seed)
+        results = bench_engines(
+            folder, [each.engine for each in settings], sequences, rounds=rounds, on_stage=status.update
+        )
+    console = Console(highlight=False)
+    console.print(_engines_table(results))
+    console.print("CPU s, memory: of all processes of an engine. x: its CPU time over torch's, shared.", style="dim")
+    if output is not None:
+        from polar_ray.bench.provenance import provenance
+
+        kinds = [each.partition("=")[0] for each in named]
+        what = f"--shape {shape}" if model is None else f"--model {Path(model).name}"
+        options = [
+            *(f"--engine {kind}" for kind in kinds),
+            what,
+            f"--groups {groups} --group-size {group_size} --rounds {rounds} --seed {seed}",
+            *(f"--set {assignment}" for assignment in assignments or ()),
+        ]
+        content = {
+            "command": " ".join(["polar-ray bench engines", *options]),
+            **provenance(),
+            "load_average": {"before": busy_before, "after": os.getloadavg()},
+            "shape": asdict(SHAPES[shape]) if model is None else Path(model).name,
+            "sequences": len(sequences),
+            "results": [asdict(result) for result in results],
+        }
         _write(output, content)
 
 
@@ -181,6 +253,44 @@ def _show_comparison(compared: Comparison) -> None:
 def _write(output: Path, content: dict[str, Any]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(content, indent=2) + "\n")
+
+
+@contextmanager
+def _checkpoint(shape: str, model: str | None, seed: int) -> Iterator[Path]:
+    """The folder of `model`, or of random weights for as long as this lasts."""
+    from polar_ray.bench.workload import SHAPES, write_random_checkpoint
+    from polar_ray.model.locate import locate_model
+
+    if model is not None:
+        yield locate_model(model)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_checkpoint(Path(folder), SHAPES[shape], seed=seed)
+        yield Path(folder)
+
+
+def _engines_table(results: Sequence[EngineResult]) -> Table:
+    title = f"{results[0].tokens:,} tokens a round"
+    table = Table(title=title, title_justify="left", title_style="bold", padding=(0, 1, 0, 0), box=None)
+    for name in ("engine", "dtype", "prefixes"):
+        table.add_column(name, no_wrap=True)
+    for name in ("tokens/s", "CPU s", "x", "memory", "start", "max error", "rms error"):
+        table.add_column(name, justify="right", no_wrap=True)
+    ours = next((row.median_cpu_s for row in results if row.engine == "torch" and row.share_prefixes), None)
+    for row in results:
+        table.add_row(
+            row.engine,
+            row.dtype,
+            "shared" if row.share_prefixes else "unshared",
+            f"{row.tokens_per_s:,.0f}",
+            f"{row.median_cpu_s:.2f}",
+            "" if ours is None else f"{row.median_cpu_s / ours:.2f}",
+            f"{row.memory_bytes / 2**30:.2f} GiB",
+            f"{row.start_s:.0f} s",
+            f"{row.max_error:.1e}",
+            f"{row.rms_error:.1e}",
+        )
+    return table
 
 
 def _table(result: DtypeResult) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,3 +19,14 @@ PromptColumn = Annotated[str | None, typer.Option(help="Column that holds the pr
 ReferenceColumn = Annotated[str | None, typer.Option(help="Column that holds the reference.")]
 ConfigFile = Annotated[Path | None, typer.Option(help="TOML file of settings; flags win over it.")]
 Assignments = Annotated[list[str] | None, typer.Option("--set", help="Any setting, as section.key=value. Repeatable.")]
+
+
+def engine_settings(named: str) -> dict[str, Any]:
+    """Settings of `KIND`, `KIND=PYTHON` or `KIND=ADDRESS`; what has a slash in it and no scheme is an interpreter."""
+    kind, _, where = named.partition("=")
+    is_python = "/" in where and "://" not in where
+    return {
+        "engine__kind": kind,
+        "engine__python": where if is_python else None,
+        "engine__address": None if is_python else where or None,
+    }

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from polar_ray.cli.options import Assignments, ConfigFile, Dtype, Model
+from polar_ray.cli.options import Assignments, ConfigFile, Dtype, Model, engine_settings
 from polar_ray.config import EngineConfig, ScoreConfig, load_config
 
 if TYPE_CHECKING:
@@ -60,7 +60,15 @@ def verify(
     """
     kinds = engine or ["torch"]
     settings = [
-        load_config(ScoreConfig, config, assignments or (), model=model, **_engine(named, rope_base, dtype))
+        load_config(
+            ScoreConfig,
+            config,
+            assignments or (),
+            model=model,
+            engine__rope_base=rope_base,
+            engine__dtype=dtype,
+            **engine_settings(named),
+        )
         for named in kinds
     ]
     from polar_ray.verification.run import verify as verify_engines
@@ -81,19 +89,6 @@ def verify(
         _show(Console(highlight=False), found)
     if not found.is_right:
         raise typer.Exit(1)
-
-
-def _engine(named: str, rope_base: str | None, dtype: str | None) -> dict[str, Any]:
-    """Settings of `KIND`, `KIND=PYTHON` or `KIND=ADDRESS`; what has a slash in it and no scheme is an interpreter."""
-    kind, _, where = named.partition("=")
-    is_python = "/" in where and "://" not in where
-    return {
-        "engine__kind": kind,
-        "engine__python": where if is_python else None,
-        "engine__address": None if is_python else where or None,
-        "engine__rope_base": rope_base,
-        "engine__dtype": dtype,
-    }
 
 
 def _show(console: Console, found: Verification) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,28 +150,10 @@ def test_a_second_start_does_nothing_and_other_settings_are_refused(trained, bas
     assert (base / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_workers_follow_the_trajectory_of_one(trained, base, pairs, tmp_path, parallel):
-    config = TrainConfig(model=str(base), workers=2, parallel=parallel, **SETTINGS)
-    train(pairs, tmp_path / "out", config)
-    assert_same_trajectory(steps_of(tmp_path / "out"), steps_of(trained[0]))
-
-
 def test_more_workers_than_fit_are_refused(cluster, base, pairs, tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ConfigError, match=r"workers = 16: this machine has \d+ places of 1 CPUs"):
         train(pairs, tmp_path / "out", TrainConfig(model=str(base), workers=16, **{**SETTINGS, "packs_per_step": 16}))
-
-
-def test_a_run_starts_over_when_asked_and_takes_only_what_was_its_own(trained, cluster, base, pairs, tmp_path):
-    output = tmp_path / "out"
-    settings = {**SETTINGS, "max_steps": 1}
-    first = train(pairs, output, TrainConfig(model=str(base), **settings))
-    (output / "notes.txt").write_text("kept")
-    second = train(pairs, output, TrainConfig(model=str(base), **settings, seed=1), fresh=True)
-    assert (first.steps, second.steps) == (1, 1)
-    assert first.weights_digest != second.weights_digest
-    assert (output / "notes.txt").read_text() == "kept"
 
 
 def test_too_many_bad_pairs_stop_a_run_before_it_starts(cluster, base, tmp_path):
@@ -211,12 +194,24 @@ def training_workers(driver: int) -> list[psutil.Process]:
     return found
 
 
-def test_an_interrupted_run_leaves_no_worker_and_can_go_on(trained, cluster, base, pairs, tmp_path):
+def refused_a_second_run(pairs: Path, output: Path, config: TrainConfig) -> Callable[[], None]:
+    def start_again() -> None:
+        with pytest.raises(OutputError, match="another run is training into it"):
+            train(pairs, output, config)
+
+    return start_again
+
+
+def test_an_interrupted_run_is_alone_leaves_no_worker_and_goes_on(trained, cluster, base, pairs, tmp_path):
+    """On two workers that divide the weights among them, whose trajectory is that of one."""
+    config = TrainConfig(model=str(base), workers=2, parallel="fsdp", **SETTINGS)
+    start_again = refused_a_second_run(pairs, tmp_path / "out", config)
+
     def interrupt() -> None:
+        start_again()
         assert training_workers(os.getpid())
         raise KeyboardInterrupt
 
-    config = TrainConfig(model=str(base), **SETTINGS)
     with pytest.raises(KeyboardInterrupt):
         train(pairs, tmp_path / "out", config, progress=OnFirstStep(interrupt))
     deadline = time.monotonic() + DEADLINE_S
@@ -227,24 +222,27 @@ def test_an_interrupted_run_leaves_no_worker_and_can_go_on(trained, cluster, bas
     assert_same_trajectory(steps_of(tmp_path / "out"), steps_of(trained[0]))
 
 
-@pytest.mark.parametrize("locked", [True, False], ids=["on one machine", "on one cluster"])
-def test_an_output_has_one_run_at_a_time(cluster, base, pairs, tmp_path, monkeypatch, locked):
-    config = TrainConfig(model=str(base), **SETTINGS, max_steps=4)
-    if not locked:  # as for an output in an object store
-        monkeypatch.setattr(job, "_lock", lambda output, held: None)
-
-    def start_again() -> None:
-        with pytest.raises(OutputError, match="another run is training into it"):
-            train(pairs, tmp_path / "out", config)
-
-    assert train(pairs, tmp_path / "out", config, progress=OnFirstStep(start_again)).steps == 4
+def test_a_run_starts_over_when_asked_and_takes_only_what_was_its_own(
+    trained, cluster, base, pairs, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(job, "_lock", lambda output, held: None)  # as for an output in an object store
+    before, first = trained
+    output = tmp_path / "out"
+    shutil.copytree(before, output)
+    (output / "notes.txt").write_text("kept")
+    config = TrainConfig(model=str(base), **SETTINGS, max_steps=3, seed=1)
+    start_again = refused_a_second_run(pairs, output, config)
+    second = train(pairs, output, config, fresh=True, progress=OnFirstStep(start_again))
+    assert second.steps == 3 == len(steps_of(output))
+    assert first.weights_digest != second.weights_digest
+    assert (output / "notes.txt").read_text() == "kept"
 
 
 def start(base: Path, pairs: Path, output: Path) -> subprocess.Popen:
     """The run as its own driver, with its own cluster."""
     (output.parent / "settings.toml").write_text(
         "".join(f"{name} = {json.dumps(value)}\n" for name, value in SETTINGS.items() if name != "optimizer")
-        + "max_failures = 3\n[optimizer]\nlearning_rate = 1e-3\n"
+        + "max_failures = 3\nworkers = 2\n[optimizer]\nlearning_rate = 1e-3\n"
     )
     command = [sys.executable, "-m", "polar_ray", "train", str(pairs), "-o", str(output), "--model", str(base)]
     return subprocess.Popen(
