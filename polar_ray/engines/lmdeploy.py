@@ -88,6 +88,10 @@ class LmdeployEngine:
             raise EngineError("a sequence of 1 token: lmdeploy takes 2 or more")
         return np.array(read_reply(self._http.post(ROUTE, {"input": sequences}), len(sequences)), dtype=np.float32)
 
+    def is_running(self) -> bool:
+        http = self._http
+        return http is not None and http.is_running()
+
     def close(self) -> None:
         http, self._http = self._http, None
         if http is not None:

@@ -18,7 +18,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_r
 from polar_ray.client.address import base_url, credentials, shown
 from polar_ray.config import engine_token
 from polar_ray.engines import guard
-from polar_ray.errors import EngineError, EngineProtocolError, EngineStartError, EngineUnavailable
+from polar_ray.errors import EngineError, EngineProtocolError, EngineStartError, EngineUnavailable, ProcessCrashed
 
 RUNNING_DEADLINE_S = 900.0
 """A server that runs already may be away this long, as one that is redeployed; the same as of our own endpoints."""
@@ -132,10 +132,14 @@ class EngineHttp:
         """The reply's JSON.
 
         Raises `EngineUnavailable` where a server that runs already does not answer within `RUNNING_DEADLINE_S`,
-        `EngineError` where our own has ended or the request failed, `EngineProtocolError` for a reply that is no JSON
-        and for a path that is not there.
+        `ProcessCrashed` where our own has ended, `EngineError` where the request failed, `EngineProtocolError` for a
+        reply that is no JSON and for a path that is not there.
         """
         return self._ask("POST", path, body)
+
+    def is_running(self) -> bool:
+        """Whether our own server is there; one that runs already may come back, so it is. Safe in any thread."""
+        return self._own is None or self._own.is_running()
 
     def close(self) -> None:
         """May be called twice."""
@@ -177,9 +181,18 @@ class EngineHttp:
     def _away(self, why: str) -> EngineError:
         if self._own is None:
             return EngineUnavailable(f"{self._name} at {self._address} does not answer ({why})")
-        if self._own.is_running():
+        if self._own.is_running() and self._is_listening():
             return EngineError(f"{self._name}'s server failed on a batch ({why})")
-        return EngineError(f"{self._name}'s server has ended; a new process starts it again")
+        return ProcessCrashed(f"{self._name}'s server has ended; a new process starts it again")
+
+    def _is_listening(self) -> bool:
+        """At once, where the guard of a server that was killed still waits for what the server has started."""
+        url = self._client.base_url
+        try:
+            socket.create_connection((url.host, url.port or 80), timeout=5.0).close()
+        except OSError:
+            return False
+        return True
 
 
 def free_address() -> str:

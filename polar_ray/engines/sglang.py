@@ -39,7 +39,7 @@ from polar_ray.engines.outside import (
     refuse_ids,
 )
 from polar_ray.engines.server import EngineHttp, OwnServer, free_address
-from polar_ray.errors import ConfigError, EngineError, EngineProtocolError, EngineStartError
+from polar_ray.errors import ConfigError, EngineError, EngineProtocolError, EngineStartError, ProcessCrashed
 from polar_ray.model.checkpoint import Checkpoint, CheckpointConfig
 from polar_ray.model.llama import llama_form
 from polar_ray.planning import Batch, Rewards
@@ -69,6 +69,8 @@ class Road(Protocol):
     """A way to an SGLang. Nothing about batches: ids in, rows of its reply out."""
 
     def rows(self, sequences: Sequence[list[int]]) -> Any: ...
+
+    def is_running(self) -> bool: ...
 
     def close(self) -> None: ...
 
@@ -106,6 +108,10 @@ class SglangEngine:
             sent = [sequences[place] for place in places]
             rewards[places] = read_rows(self._road.rows(sent), sent)
         return rewards
+
+    def is_running(self) -> bool:
+        road = self._road
+        return road is not None and road.is_running()
 
     def close(self) -> None:
         road, self._road = self._road, None
@@ -239,6 +245,9 @@ class _Server:
     def rows(self, sequences: Sequence[list[int]]) -> Any:
         return self._http.post(ROUTE, {"input_ids": sequences})
 
+    def is_running(self) -> bool:
+        return self._http.is_running()
+
     def close(self) -> None:
         self._http.close()
 
@@ -272,9 +281,9 @@ class _InProcess:
             try:
                 asked.exception(POLL_S)
             except TimeoutError:
-                if not set(self._engine.get_all_child_pids()) <= _children():
+                if not self.is_running():
                     asked.cancel()
-                    raise EngineError("SGLang's process has ended; a new process starts it again") from None
+                    raise ProcessCrashed("SGLang's process has ended; a new process starts it again") from None
         try:
             return asked.result()
         except Exception as error:  # whatever it raises, the batch has no rewards
@@ -282,6 +291,9 @@ class _InProcess:
                 f"SGLang failed on a batch of {len(sequences)} sequences: {first_line(error)}",
                 sequences=len(sequences),
             ) from error
+
+    def is_running(self) -> bool:
+        return set(self._engine.get_all_child_pids()) <= _children()
 
     def close(self) -> None:
         self._engine.shutdown()

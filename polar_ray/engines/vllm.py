@@ -70,6 +70,8 @@ class Road(Protocol):
 
     def rewards(self, sequences: Sequence[list[int]]) -> list[float]: ...
 
+    def is_running(self) -> bool: ...
+
     def close(self) -> None: ...
 
 
@@ -96,6 +98,10 @@ class VllmEngine:
         if not len(batch):
             return np.empty(0, dtype=np.float32)
         return np.array(self._road.rewards([ids.tolist() for ids in batch.sequences()]), dtype=np.float32)
+
+    def is_running(self) -> bool:
+        road = self._road
+        return road is not None and road.is_running()
 
     def close(self) -> None:
         road, self._road = self._road, None
@@ -218,6 +224,9 @@ class _Server:
         body = {"input": list(sequences), "use_activation": False}
         return read_reply(self._http.post("/pooling", body), len(sequences))
 
+    def is_running(self) -> bool:
+        return self._http.is_running()
+
     def close(self) -> None:
         self._http.close()
         if self._tokenizer is not None:
@@ -262,6 +271,9 @@ class _InProcess:
                 f"vLLM failed on a batch of {len(sequences)} sequences: {first_line(error)}", sequences=len(sequences)
             ) from error
         return [float(output.outputs.data.item()) for output in outputs]
+
+    def is_running(self) -> bool:
+        return self._llm is not None
 
     def close(self) -> None:
         if self._llm is not None:

@@ -302,6 +302,10 @@ def _run(task: TrainTask, progress: TrainProgress, board: Board) -> tuple[int, l
             raise failure or _explain(None)
     finally:
         ray.kill(fit)
+        # Ray Train leaves this to an actor of its own, which needs the dashboard; without, what the workers had would
+        # stay taken for as long as this process is connected.
+        for placement in ray.get(tracker.placements.remote()):
+            ray.util.remove_placement_group(placement)
     return starts, ray.get(tracker.poll.remote(0))[0]
 
 

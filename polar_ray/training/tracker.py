@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel
 
 from polar_ray.errors import PolarRayError
@@ -42,8 +44,17 @@ class TrainingTracker:
     def __init__(self) -> None:
         self._reports: dict[int, StepReport] = {}
         self._starts = 0
+        self._placements: list[Any] = []
         self._finished = False
         self._error: PolarRayError | None = None
+
+    def placed(self, placement: Any) -> None:
+        """The workers have `placement`, Ray's placement group, for their own."""
+        self._placements.append(placement)
+
+    def placements(self) -> list[Any]:
+        """All that workers of the run have had."""
+        return self._placements
 
     def started(self, history: list[StepReport]) -> None:
         """The workers are up; `history` are the steps that led to the checkpoint they go on from."""

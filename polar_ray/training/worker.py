@@ -66,6 +66,8 @@ def train_worker(task: TrainTask, tracker: Any) -> None:
 
 def _train(task: TrainTask, tracker: Any) -> None:
     config, context = task.config, ray.train.get_context()
+    if context.get_world_rank() == 0:
+        ray.get(tracker.placed.remote(ray.util.get_current_placement_group()))
     device = ray.train.torch.get_device()
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -166,6 +166,7 @@ def test_weights_that_run_away_end_the_run_at_once(cluster, base, pairs, tmp_pat
     settings = {**SETTINGS, "optimizer": {"learning_rate": 1e30}}
     with pytest.raises(TrainingError, match=r"gradient's norm.*learning_rate"):
         train(pairs, tmp_path / "out", TrainConfig(model=str(base), **settings))
+    assert_all_is_free()
 
 
 class OnFirstStep(SilentTrainProgress):
@@ -202,7 +203,19 @@ def refused_a_second_run(pairs: Path, output: Path, config: TrainConfig) -> Call
     return start_again
 
 
-def test_an_interrupted_run_is_alone_leaves_no_worker_and_goes_on(trained, cluster, base, pairs, tmp_path):
+def assert_all_is_free():
+    """No CPU is taken, nor waited for, by a run that has ended."""
+    import ray
+
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, ray.available_resources()
+        time.sleep(0.1)
+    states = {group["state"] for group in ray.util.placement_group_table().values()}
+    assert states <= {"REMOVED"}
+
+
+def test_an_interrupted_run_is_alone_leaves_nothing_and_goes_on(trained, cluster, base, pairs, tmp_path):
     """On two workers that divide the weights among them, whose trajectory is that of one."""
     config = TrainConfig(model=str(base), workers=2, parallel="fsdp", **SETTINGS)
     start_again = refused_a_second_run(pairs, tmp_path / "out", config)
@@ -218,6 +231,7 @@ def test_an_interrupted_run_is_alone_leaves_no_worker_and_goes_on(trained, clust
     while training_workers(os.getpid()):
         assert time.monotonic() < deadline, "a worker is still there"
         time.sleep(0.1)
+    assert_all_is_free()
     train(pairs, tmp_path / "out", config)
     assert_same_trajectory(steps_of(tmp_path / "out"), steps_of(trained[0]))
 
@@ -238,11 +252,11 @@ def test_a_run_starts_over_when_asked_and_takes_only_what_was_its_own(
     assert (output / "notes.txt").read_text() == "kept"
 
 
-def start(base: Path, pairs: Path, output: Path) -> subprocess.Popen:
+def start(base: Path, pairs: Path, output: Path, *, workers: int = 1) -> subprocess.Popen:
     """The run as its own driver, with its own cluster."""
     (output.parent / "settings.toml").write_text(
         "".join(f"{name} = {json.dumps(value)}\n" for name, value in SETTINGS.items() if name != "optimizer")
-        + "max_failures = 3\nworkers = 2\n[optimizer]\nlearning_rate = 1e-3\n"
+        + f"max_failures = 3\nworkers = {workers}\n[optimizer]\nlearning_rate = 1e-3\n"
     )
     command = [sys.executable, "-m", "polar_ray", "train", str(pairs), "-o", str(output), "--model", str(base)]
     return subprocess.Popen(
@@ -269,7 +283,7 @@ def finish(run: subprocess.Popen) -> dict:
 
 
 def test_a_killed_worker_is_replaced_and_follows_the_same_trajectory(trained, base, pairs, tmp_path):
-    run = start(base, pairs, tmp_path / "out")
+    run = start(base, pairs, tmp_path / "out", workers=2)
     wait_for_a_checkpoint(run, tmp_path / "out")
     workers = training_workers(run.pid)
     assert workers, "no training process was found"

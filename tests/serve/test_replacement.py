@@ -18,6 +18,7 @@ from polar_ray.serving.service import Model
 from tests.serve.caller import LEAKS
 from tests.serve.conftest import groups
 from tests.support.endpoint import model_of
+from tests.support.lmdeploy_server import servers_below, start_engine, write_interpreter
 from tests.support.ranks import are_gone, ranks_below
 
 pytestmark = pytest.mark.ray
@@ -62,12 +63,27 @@ def test_a_replica_whose_engine_breaks_is_replaced(deploy, truth, tmp_path):
     endpoint.check_errors()
 
 
-def test_a_replica_that_loses_a_rank_in_a_call_is_replaced_and_leaves_no_process(deploy):
+def deploy_ranks(deploy, tmp_path):
     engine = {"kind": "torch", "device": "cpu", "dtype": "float32", "tensor_parallel_size": 2, "threads": 2}
-    endpoint = deploy(engine=engine, load_model=Model.load)
+    return deploy(engine=engine, load_model=Model.load), ranks_below
+
+
+def deploy_server(deploy, tmp_path):
+    """LMDeploy's engine and a server of its own."""
+    python = write_interpreter(tmp_path)
+    return deploy(load_model=lambda config: model_of(start_engine(python), config)), servers_below
+
+
+@pytest.mark.parametrize(
+    ("deploy_engine", "n_processes"), [(deploy_ranks, 2), (deploy_server, 1)], ids=["rank", "server"]
+)
+def test_a_replica_that_loses_a_process_of_its_engine_in_a_call_is_replaced(
+    deploy, tmp_path, deploy_engine, n_processes
+):
+    endpoint, processes_below = deploy_engine(deploy, tmp_path)
     (first,) = endpoint.replicas()
-    ranks = ranks_below(first)
-    assert len(ranks) == 2
+    processes = processes_below(first)
+    assert len(processes) == n_processes
     triples = groups(2, 2)
 
     async def ask():
@@ -75,16 +91,16 @@ def test_a_replica_that_loses_a_rank_in_a_call_is_replaced_and_leaves_no_process
             asking = asyncio.create_task(endpoint.score(client, triples))
             await asyncio.sleep(0.5)
             assert not asking.done()
-            ranks[1].kill()
+            processes[-1].kill()
             return await asking
 
-    ranks[1].suspend()
+    processes[-1].suspend()
     found = asyncio.run(ask())
     with Scorer.open(engine=EngineConfig(device="cpu", dtype="float32")) as scorer:
         assert found == pytest.approx([row.reward for row in scorer.score(triples)], abs=1e-4)
     endpoint.check_errors()
     assert first not in endpoint.replicas()
-    assert are_gone(ranks)
+    assert are_gone(processes)
 
 
 def test_tokens_are_wanted_through_the_proxy_and_can_be_rotated(deploy, tmp_path):

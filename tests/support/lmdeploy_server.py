@@ -7,19 +7,69 @@ it fails (a sequence of one token, one that is too long). Rewards are the real o
 """
 
 import argparse
+import shlex
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import psutil
 import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from pydantic import BaseModel
 
+from polar_ray.config import EngineConfig
+from polar_ray.encoding.encode import Encoder
+from polar_ray.encoding.tokenizer import PolarTokenizer
+from polar_ray.engines import guard, lmdeploy
+from polar_ray.engines.build import resolve_engine
 from polar_ray.engines.torch.engine import TorchEngine
+from polar_ray.model.locate import EMBEDDED_FOLDER
 from polar_ray.planning import Batch, Group
+from polar_ray.scoring import Scorer
+
+ROOT = Path(__file__).parents[2]
+MAX_TOKENS = 1000
+
+
+def write_interpreter(folder: Path) -> str:
+    """What `engine.python` names: an interpreter that has lmdeploy 0.18.0, as far as anybody can tell."""
+    script = folder / "python"
+    script.write_text(
+        '#!/bin/sh\nif [ "$1" = "-c" ]; then echo "lmdeploy 0.18.0, torch 2.12.1"; exit 0; fi\n'
+        f'cd {shlex.quote(str(ROOT))} && exec {sys.executable} -m tests.support.lmdeploy_server "$@"\n'
+    )
+    script.chmod(0o755)
+    return str(script)
+
+
+def settings(**changes) -> EngineConfig:
+    """As on a machine that has a GPU."""
+    config = EngineConfig(kind="lmdeploy", **changes)
+    return resolve_engine(config, EMBEDDED_FOLDER, has_gpu=True, max_tokens=MAX_TOKENS)
+
+
+def start_engine(python: str) -> lmdeploy.LmdeployEngine:
+    """With a server of its own."""
+    return lmdeploy.start(EMBEDDED_FOLDER, settings(python=python))
+
+
+def open_scorer(python: str, config) -> Scorer:
+    return Scorer(Encoder(PolarTokenizer(EMBEDDED_FOLDER), config.limits), start_engine(python))
+
+
+def servers_below(pid: int) -> list[psutil.Process]:
+    """Servers of this module that process `pid`, or one that it has started, has for its own; without their guards."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.Error):
+            words = process.cmdline()
+            if "tests.support.lmdeploy_server" in words and guard.__file__ not in words:
+                found.append(process)
+    return found
 
 
 class PoolingRequest(BaseModel):

@@ -1,46 +1,33 @@
 """LMDeploy's engine against a server that speaks as lmdeploy 0.18.0 does: there is no GPU here for a real one."""
 
 import json
+import os
 import sys
+import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 
-from polar_ray.config import EngineConfig
 from polar_ray.engines import lmdeploy
-from polar_ray.engines.build import build_engine, resolve_engine
+from polar_ray.engines.build import build_engine
 from polar_ray.engines.parity import check_parity
 from polar_ray.engines.server import EngineHttp, OwnServer, free_address
-from polar_ray.errors import ConfigError, EngineError, EngineProtocolError, EngineStartError
+from polar_ray.errors import ConfigError, EngineError, EngineProtocolError, EngineStartError, ProcessCrashed
 from polar_ray.model.checkpoint import Checkpoint
 from polar_ray.model.locate import EMBEDDED_FOLDER
 from polar_ray.planning import plan
 from tests.support.engine_contract import draw, whole
+from tests.support.lmdeploy_server import MAX_TOKENS, servers_below, settings, start_engine, write_interpreter
+from tests.support.ranks import are_gone
 from tests.support.reference import Reference
 from tests.support.scripted_server import scripted_server
-
-ROOT = Path(__file__).parents[3]
-MAX_TOKENS = 1000
 
 
 @pytest.fixture(scope="module")
 def interpreter(tmp_path_factory):
-    """What `engine.python` names: one that has lmdeploy 0.18.0, or speaks as if."""
-    script = tmp_path_factory.mktemp("bin") / "python"
-    script.write_text(
-        '#!/bin/sh\nif [ "$1" = "-c" ]; then echo "lmdeploy 0.18.0, torch 2.12.1"; exit 0; fi\n'
-        f'cd {ROOT} && exec {sys.executable} -m tests.support.lmdeploy_server "$@"\n'
-    )
-    script.chmod(0o755)
-    return str(script)
-
-
-def settings(**changes):
-    config = EngineConfig(kind="lmdeploy", **changes)
-    return resolve_engine(config, EMBEDDED_FOLDER, has_gpu=True, max_tokens=MAX_TOKENS)
+    return write_interpreter(tmp_path_factory.mktemp("bin"))
 
 
 @pytest.fixture(scope="module", params=["address", "python"])
@@ -102,14 +89,20 @@ def test_what_the_server_fails_on_is_an_error_without_rewards(engine):
         engine._max_tokens = MAX_TOKENS
 
 
-def test_a_killed_server_is_an_error_that_says_so_and_leaves_nothing(interpreter):
-    engine = lmdeploy.start(EMBEDDED_FOLDER, settings(python=interpreter))
+def test_a_killed_server_is_said_and_leaves_nothing(interpreter):
+    engine = start_engine(interpreter)
     served = engine._folder
     started = [process for process in psutil.Process().children(recursive=True) if str(served) in process.cmdline()]
-    server = next(process for process in started if "guard.py" not in str(process.cmdline()))
+    assert engine.is_running()
+    (server,) = (process for process in servers_below(os.getpid()) if str(served) in process.cmdline())
     server.kill()
-    with pytest.raises(EngineError, match="lmdeploy's server"):
+    with pytest.raises(ProcessCrashed, match="lmdeploy's server has ended"):
         engine.score(whole(*draw([5])))
+    assert are_gone([server])
+    deadline = time.monotonic() + 20
+    while engine.is_running():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     engine.close()
     engine.close()
     assert not any(process.is_running() for process in started)

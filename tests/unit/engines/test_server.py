@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from polar_ray.engines.server import EngineHttp, OwnServer, free_address
-from polar_ray.errors import EngineError, EngineProtocolError, EngineStartError, EngineUnavailable
+from polar_ray.errors import EngineError, EngineProtocolError, EngineStartError, EngineUnavailable, ProcessCrashed
 
 SERVER = textwrap.dedent(
     """
@@ -131,6 +131,7 @@ def test_a_server_whose_guard_is_killed_ends_too(address):
 def test_replies_are_json_or_typed_errors(address):
     own = started(address)
     http = EngineHttp(address, name="demo", own=own)
+    assert http.is_running()
     assert http.post("/echo", {"input": [[1, 2]]}) == {"input": [[1, 2]]}
     with pytest.raises(EngineProtocolError, match="answered /page with no JSON"):
         http.post("/page", {})
@@ -139,9 +140,9 @@ def test_replies_are_json_or_typed_errors(address):
     with pytest.raises(EngineError, match=r"demo answered 400: token id 9 is no such$"):
         http.post("/bad", {})
     own.close()
-    with pytest.raises(EngineError, match="demo's server has ended; a new process starts it again") as caught:
+    with pytest.raises(ProcessCrashed, match="demo's server has ended; a new process starts it again"):
         http.post("/echo", {})
-    assert not isinstance(caught.value, EngineUnavailable)
+    assert not http.is_running()
     http.close()
     http.close()
     with pytest.raises(EngineError, match="the engine is closed"):
