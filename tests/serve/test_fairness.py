@@ -105,32 +105,6 @@ def test_a_backfill_does_not_starve_a_trainer(deploy, truth):
     assert all(still_waiting), "the backfill was done first"
 
 
-def test_trainers_that_never_stop_asking_do_not_starve_a_backfill(deploy, truth):
-    endpoint = deploy(seconds_per_token=10 * PACE, engine=fake_engine(BUDGET))
-    backfill, wanted = groups(10, 8, about="backfill"), groups(1, 8, about="trainer", words=10)
-
-    async def main():
-        async with endpoint.client() as client:
-            stop = asyncio.Event()
-            trainers = [asyncio.create_task(keep_asking(endpoint, client, wanted, stop)) for _ in range(8)]
-            async with asyncio.timeout(120):
-                filled = await endpoint.score(client, backfill, priority="bulk")
-            stop.set()
-            return filled, await asyncio.gather(*trainers)
-
-    filled, asked = asyncio.run(main())
-    assert filled == truth(backfill)
-    assert min(asked) > 0
-
-
-async def keep_asking(endpoint, client, triples, stop) -> int:
-    n_answers = 0
-    while not stop.is_set():
-        await endpoint.score(client, triples)
-        n_answers += 1
-    return n_answers
-
-
 async def until_queued(endpoint, priority="interactive") -> None:
     pending = f"polar_ray_pending_tokens{{{priority}}}"
     await asyncio.to_thread(endpoint.wait_for, lambda: endpoint.metrics()[pending] > BUDGET)
