@@ -31,6 +31,7 @@ from polar_ray.errors import (
 from polar_ray.model.locate import locate_model
 from polar_ray.receipts import build_receipt
 from polar_ray.scoring import CANARY, Scorer, Usage
+from polar_ray.stages import watched
 from polar_ray.triples import Scored, Triple
 
 MOST_QUARANTINED_ROWS = 16
@@ -79,8 +80,11 @@ class ScoringActor:
             if manifest is None:
                 raise JobError(f"{task.output.url}: the manifest is gone")
             self._manifest = manifest
-            self._check_node(manifest)
-            self._scorer = task.build_scorer(task.config)
+            with watched(lambda text: tracker.stage.remote(text)):
+                self._check_node(manifest)
+                self._scorer = task.build_scorer(task.config)
+        except ProcessCrashed:  # one of the engine's own: as if it was this one, which is started again some times
+            os._exit(1)
         except Exception as error:  # whatever it is, the driver is told what, without a remote traceback
             known = error if isinstance(error, PolarRayError) else EngineStartError(f"{type(error).__name__}: {error}")
             ray.get(tracker.fail.remote(unwrap(known)))

@@ -106,10 +106,13 @@ class LogProgress:
     @contextmanager
     def scoring(self, rows: int, rows_before: int, actors: int) -> Iterator[Show]:
         rate = _Rate(rows, rows_before, actors)
-        printed_at = time.monotonic()
+        printed_at, stage = time.monotonic(), ""
 
         def show(snapshot: Snapshot) -> None:
-            nonlocal printed_at
+            nonlocal printed_at, stage
+            if snapshot.stage != stage and not snapshot.actors:
+                stage = snapshot.stage
+                self._console.print(stage, highlight=False)
             note = rate.describe(snapshot)
             if time.monotonic() - printed_at >= LINE_SECONDS:
                 printed_at = time.monotonic()
@@ -131,7 +134,7 @@ class _Rate:
     def describe(self, snapshot: Snapshot) -> str:
         now = time.monotonic()
         if snapshot.actors == 0:
-            return "starting the engine"
+            return snapshot.stage or "starting the engine"
         self._since = self._since or now
         seconds = now - self._since
         if not snapshot.rows or not seconds:

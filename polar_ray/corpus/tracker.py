@@ -75,6 +75,9 @@ class Snapshot:
     deaths: int
     seconds_since_progress: float
     in_flight: tuple[Stuck, ...]
+    stage: str
+    """What the first engine's start is busy with; empty when it is not known."""
+
     error: PolarRayError | None
 
 
@@ -106,6 +109,7 @@ class JobTracker:
         self._done = [0, 0, 0]
         self._finished: set[int] = set()
         self._starting = 0
+        self._stage = ""
         self._handles: list[Any] = []
         self._actors = 0
         self._deaths = 0
@@ -120,6 +124,10 @@ class JobTracker:
         self._handles.append(actor)
         self._starting += 1
         return self._starting <= FAILED_STARTS_BEFORE_GIVING_UP * self._most_actors
+
+    def stage(self, text: str) -> None:
+        """An actor's engine is busy starting with this."""
+        self._stage = text
 
     def started(self) -> None:
         """An actor's engine is up."""
@@ -215,6 +223,7 @@ class JobTracker:
                 for unit, state in self._units.items()
                 if state.in_flight is not None
             ),
+            stage=self._stage,
             error=self._error,
         )
 

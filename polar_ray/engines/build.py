@@ -11,6 +11,7 @@ from polar_ray.config import OTHER_ENGINES, EngineConfig, endpoint_address
 from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.engines.base import Engine
 from polar_ray.errors import CheckpointError, ConfigError, ReceiptMismatch
+from polar_ray.stages import stage
 
 MODULES: Mapping[str, str] = {
     "torch": "polar_ray.engines.torch.engine",
@@ -96,13 +97,17 @@ def build_engine(engine: EngineConfig, folder: Path) -> Engine:
 
     Raises what `EngineModule.start` raises, and `EngineStartError` if it does not pass the parity gate.
     """
-    built = engine_module(engine.kind).start(folder, engine)
     if engine.kind in HAVE_NO_WEIGHTS:
-        return built
+        return engine_module(engine.kind).start(folder, engine)
     from polar_ray.engines.parity import check_parity
+    from polar_ray.model.checkpoint import Checkpoint
 
+    size_mb = Checkpoint.open(folder).size_bytes / 1e6
+    with stage(f"{_how(engine)} {engine.kind}, {size_mb:,.0f} MB of weights"):
+        built = engine_module(engine.kind).start(folder, engine)
     try:
-        check_parity(built, engine, folder)
+        with stage(f"holding {engine.kind} to float32 of the weights"):
+            check_parity(built, engine, folder)
     except BaseException:
         built.close()
         raise
@@ -131,6 +136,12 @@ def describe_engine(engine: EngineConfig, folder: Path) -> dict[str, str]:
         "device": engine.device,
         "rope_base": engine.rope_base,
     }
+
+
+def _how(engine: EngineConfig) -> str:
+    if engine.is_elsewhere:
+        return "connecting to"
+    return "starting a server of" if engine.python is not None else "loading"
 
 
 def _refuse_nondeterministic(engine: EngineConfig) -> None:
@@ -209,7 +220,8 @@ def _weights_digest(engine: EngineConfig, folder: Path) -> str:
         return ""
     from polar_ray.model.checkpoint import weights_digest
 
-    return weights_digest(folder)
+    with stage("hashing the weights"):
+        return weights_digest(folder)
 
 
 def _checkpoint_dtype(folder: Path) -> str:

@@ -21,6 +21,7 @@ from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.engines.base import Engine
 from polar_ray.errors import ConfigError, EngineStartError
 from polar_ray.planning import Ids, Rewards, plan
+from polar_ray.stages import stage
 from polar_ray.triples import Triple
 
 PANEL_VERSION = 1
@@ -220,7 +221,9 @@ def _expected(folder: Path, config: EngineConfig, sequences: Sequence[Ids]) -> R
     from polar_ray.model.checkpoint import Checkpoint
 
     def make(aside: Path) -> None:
-        (aside / "rewards.json").write_text(json.dumps(_compute(folder, config, sequences).tolist()) + "\n")
+        with stage("computing float32 rewards of the parity panel, once a node"):
+            rewards = _compute(folder, config, sequences)
+        (aside / "rewards.json").write_text(json.dumps(rewards.tolist()) + "\n")
 
     made = kept(Checkpoint.open(folder), "parity", f"{config.rope_base}-{PANEL_VERSION}", make)
     return np.array(json.loads((made / "rewards.json").read_text()), dtype=np.float32)

@@ -126,6 +126,7 @@ def _snapshot(rows: int, usage: Usage) -> Snapshot:
         deaths=0,
         seconds_since_progress=0.0,
         in_flight=(),
+        stage="",
         error=None,
     )
 

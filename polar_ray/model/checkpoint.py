@@ -76,6 +76,11 @@ class Checkpoint:
         """The dtype of the embedding, which published checkpoints use for every tensor."""
         return DTYPES[self.stored["model.tok_embeddings.weight"].dtype]
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all weights, as they are stored."""
+        return sum(tensor.size for tensor in self.stored.values())
+
     def read(
         self,
         name: str,

@@ -20,6 +20,7 @@ from polar_ray.model.architecture import CheckpointConfig, tensor_shapes, to_lla
 from polar_ray.model.cache import kept
 from polar_ray.model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from polar_ray.model.rope import Rope
+from polar_ray.stages import stage
 
 FORM_VERSION = 1
 """Of the files written; another number makes them anew."""
@@ -32,7 +33,12 @@ def llama_form(folder: Path, rope_base: RopeBase = "hf") -> Path:
     the checkpoint's for sequences of up to `max_position_embeddings` tokens. Raises `CheckpointError`.
     """
     checkpoint = Checkpoint.open(folder)
-    return kept(checkpoint, "llama", f"{rope_base}-{FORM_VERSION}", lambda aside: _write(checkpoint, rope_base, aside))
+
+    def make(aside: Path) -> None:
+        with stage("writing the weights as a Llama classifier, once a node"):
+            _write(checkpoint, rope_base, aside)
+
+    return kept(checkpoint, "llama", f"{rope_base}-{FORM_VERSION}", make)
 
 
 def refuse_longer(config: CheckpointConfig, max_tokens: int, kind: str) -> None:

@@ -1,6 +1,8 @@
 """Corpus jobs on a real cluster: what goes in comes out, with rewards, once."""
 
 import json
+import re
+from contextlib import contextmanager
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,6 +10,7 @@ import pytest
 
 from polar_ray import Scorer, Triple, score_parquet
 from polar_ray.config import EngineConfig, ScoreConfig
+from polar_ray.corpus.progress import SilentProgress
 from polar_ray.errors import (
     CheckpointError,
     EngineError,
@@ -15,6 +18,7 @@ from polar_ray.errors import (
     JobStalled,
     ManifestConflict,
     OutputError,
+    ProcessCrashed,
     SchemaError,
     TooManyFailures,
 )
@@ -41,9 +45,22 @@ def corpus(tmp_path):
     return folder
 
 
+class StagesSeen(SilentProgress):
+    """Keeps what the start of an engine was busy with."""
+
+    def __init__(self):
+        self.seen = []
+
+    @contextmanager
+    def scoring(self, rows, rows_before, actors):
+        yield lambda snapshot: self.seen.append(snapshot.stage)
+
+
 def test_the_torch_engine_scores_a_folder_as_the_scorer_scores_its_rows(corpus, tmp_path):
-    engine = EngineConfig(deterministic=True)
-    summary = score_parquet(corpus, tmp_path / "out", ScoreConfig(engine=engine, unit_rows=16, actors=2))
+    engine, stages = EngineConfig(deterministic=True), StagesSeen()
+    config = ScoreConfig(engine=engine, unit_rows=16, actors=2)
+    summary = score_parquet(corpus, tmp_path / "out", config, progress=stages)
+    assert re.fullmatch(r"holding torch to float32 of the weights: \d+\.\d s", stages.seen[-1])
     source, scored = pq.read_table(corpus), read_scored(tmp_path / "out")
     assert scored.select(source.column_names).equals(source)
     assert scored.schema.field("reward").type == pa.float32()
@@ -166,9 +183,7 @@ def test_an_engine_that_cannot_start_is_a_typed_error(corpus, tmp_path):
 
 def test_an_engine_whose_processes_die_at_the_start_does_not_loop_for_ever(corpus, tmp_path):
     def dying(config):
-        import os
-
-        os._exit(1)
+        raise ProcessCrashed("a rank was killed while it loaded, and took this process with it")
 
     with pytest.raises(EngineStartError, match="out of memory"):
         score_parquet(corpus, tmp_path / "out", FAKE, build_scorer=dying)

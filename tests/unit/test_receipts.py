@@ -11,6 +11,7 @@ from polar_ray.engines.build import resolve_engine
 from polar_ray.errors import ConfigError
 from polar_ray.model.locate import EMBEDDED_FOLDER, is_untrained, locate_model
 from polar_ray.receipts import Receipt, build_receipt
+from tests.support.scripted_server import scripted_server
 
 CPU = EngineConfig(device="cpu", dtype="float32")
 
@@ -26,6 +27,7 @@ def receipt(folder=EMBEDDED_FOLDER, engine=CPU, limits=None):
         ("rope_base", {"engine": CPU.model_copy(update={"rope_base": "sglang-static"})}),
         ("cut_side", {"limits": LimitsConfig(cut_side="left")}),
         ("max_tokens", {"limits": LimitsConfig(max_tokens=100)}),
+        ("engine_version", {"engine": CPU.model_copy(update={"deterministic": True})}),
         ("on_empty", {"limits": LimitsConfig(on_empty="score")}),
     ],
 )
@@ -69,6 +71,16 @@ def test_a_receipt_survives_json():
 def test_auto_means_the_checkpoints_dtype_on_a_gpu_and_float32_on_a_cpu(has_gpu, expected):
     engine = resolve_engine(EngineConfig(), EMBEDDED_FOLDER, has_gpu=has_gpu)
     assert (engine.device, engine.dtype, engine.token_budget) == expected
+
+
+def test_an_engines_own_arguments_are_in_it():
+    with scripted_server((200, {}, b'{"version": "0.33.0"}')) as script:
+        theirs = [
+            receipt(engine=EngineConfig(kind="vllm", address=script.address, device="cpu", arguments=arguments))
+            for arguments in ({}, {"swap_space": 4, "block_size": 16})
+        ]
+    assert list(theirs[0].differences(theirs[1])) == ["engine_version"]
+    assert theirs[1].engine_version == "vllm 0.33.0, block_size=16, swap_space=4"
 
 
 def test_what_no_engine_can_do_is_refused():

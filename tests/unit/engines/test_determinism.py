@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from polar_ray import Scorer, Triple
 from polar_ray.client import RewardClient
 from polar_ray.config import EngineConfig
-from polar_ray.engines.build import describe_engine, refuse_unsupported
+from polar_ray.engines.build import refuse_unsupported
 from polar_ray.engines.torch import attention, decoder, linear
 from polar_ray.engines.torch.determinism import fill_up
 from polar_ray.engines.torch.engine import TorchEngine
@@ -164,8 +164,3 @@ def test_rows_are_filled_up_to_whole_chunks_and_the_next_length():
 def test_where_there_is_no_such_mode_it_is_refused(changes, message):
     with pytest.raises(ConfigError, match=rf"engine\.deterministic: .*{message}"):
         refuse_unsupported(EngineConfig(**{"kind": "torch", "deterministic": True, **changes}))
-
-
-def test_the_receipt_tells_it():
-    receipts = [describe_engine(EngineConfig(**{**SETTINGS, "deterministic": on}), EMBEDDED_FOLDER) for on in (0, 1)]
-    assert receipts[1]["engine_version"] == receipts[0]["engine_version"] + ", deterministic"
