@@ -114,6 +114,7 @@ class EngineHttp:
         self._address = shown(url)
         self._name = name
         self._own = own
+        self._has_ended = False
         headers = credentials(url, engine_token() if own is None else None)
         self._client = httpx.Client(base_url=url, headers=headers, timeout=REPLY_S, trust_env=False)
 
@@ -139,7 +140,7 @@ class EngineHttp:
 
     def is_running(self) -> bool:
         """Whether our own server is there; one that runs already may come back, so it is. Safe in any thread."""
-        return self._own is None or self._own.is_running()
+        return self._own is None or (not self._has_ended and self._own.is_running())
 
     def close(self) -> None:
         """May be called twice."""
@@ -183,6 +184,7 @@ class EngineHttp:
             return EngineUnavailable(f"{self._name} at {self._address} does not answer ({why})")
         if self._own.is_running() and self._is_listening():
             return EngineError(f"{self._name}'s server failed on a batch ({why})")
+        self._has_ended = True
         return ProcessCrashed(f"{self._name}'s server has ended; a new process starts it again")
 
     def _is_listening(self) -> bool:

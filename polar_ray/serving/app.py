@@ -15,7 +15,7 @@ from ray.serve import Application
 from polar_ray.cluster import has_gpu
 from polar_ray.config import ServeConfig, config_from_arguments
 from polar_ray.encoding.tokenizer import PolarTokenizer
-from polar_ray.engines.build import DEFAULT_TOKEN_BUDGET, refuse_unsupported
+from polar_ray.engines.build import DEFAULT_TOKEN_BUDGET, refuse_unsupported, resolve_engine
 from polar_ray.errors import ConfigError
 from polar_ray.model.locate import locate_model
 from polar_ray.serving.auth import Gate
@@ -51,8 +51,11 @@ def build_application(config: ServeConfig, load_model: Callable[[ServeConfig], M
     Each replica calls `load_model` once; another one puts an engine of one's own behind the endpoint.
     """
     refuse_unsupported(config.engine)
-    PolarTokenizer(locate_model(config.model, config.revision))
+    folder = locate_model(config.model, config.revision)
+    PolarTokenizer(folder)
     config = _resolve(config)
+    on_gpu = config.engine.device == "cuda"
+    resolve_engine(config.engine, folder, has_gpu=on_gpu, max_tokens=config.limits.max_tokens)  # for what it refuses
     fewest, most = config.replica_range
     options: dict[str, Any] = {"num_replicas": fewest} if fewest == most else {"autoscaling_config": _scaling(config)}
     deployment = serve.deployment(

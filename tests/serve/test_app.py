@@ -68,6 +68,8 @@ def test_rewards_over_http_are_the_scorers_and_a_corpus_jobs(cluster, tmp_path):
         ({"http": {"port": 8001}}, "http_options"),
         ({"replicas": "3:1"}, "MIN <= MAX"),
         ({"engine.tensor_parallel_size": "2"}, "tensor_parallel_size = 2"),
+        ({"engine.kind": "torch", "engine.tensor_parallel_size": "3"}, "tensor_parallel_size = 3: does not divide"),
+        ({"engine.kind": "torch", "engine.dtype": "float16"}, "engine.dtype = 'float16'"),
     ],
 )
 def test_settings_are_refused_before_anything_is_deployed(args, said):

@@ -11,7 +11,7 @@ from polar_ray.engines.build import resolve_engine
 from polar_ray.errors import ConfigError
 from polar_ray.model.locate import EMBEDDED_FOLDER, is_untrained, locate_model
 from polar_ray.receipts import Receipt, build_receipt
-from tests.support.scripted_server import scripted_server
+from tests.support.lmdeploy_server import write_interpreter
 
 CPU = EngineConfig(device="cpu", dtype="float32")
 
@@ -73,14 +73,14 @@ def test_auto_means_the_checkpoints_dtype_on_a_gpu_and_float32_on_a_cpu(has_gpu,
     assert (engine.device, engine.dtype, engine.token_budget) == expected
 
 
-def test_an_engines_own_arguments_are_in_it():
-    with scripted_server((200, {}, b'{"version": "0.33.0"}')) as script:
-        theirs = [
-            receipt(engine=EngineConfig(kind="vllm", address=script.address, device="cpu", arguments=arguments))
-            for arguments in ({}, {"swap_space": 4, "block_size": 16})
-        ]
+def test_an_engines_own_arguments_are_in_it(tmp_path):
+    python = write_interpreter(tmp_path)
+    theirs = [
+        receipt(engine=EngineConfig(kind="lmdeploy", python=python, device="cuda", arguments=arguments))
+        for arguments in ({}, {"log_level": "INFO", "cache_max_entry_count": 0.5})
+    ]
     assert list(theirs[0].differences(theirs[1])) == ["engine_version"]
-    assert theirs[1].engine_version == "vllm 0.33.0, block_size=16, swap_space=4"
+    assert theirs[1].engine_version == "lmdeploy 0.18.0, torch 2.12.1, cache_max_entry_count=0.5, log_level=INFO"
 
 
 def test_what_no_engine_can_do_is_refused():
