@@ -19,6 +19,7 @@ import torch
 from polar_ray.engines.torch.engine import DTYPES, TorchEngine
 from polar_ray.engines.torch.linear import Linear, PlainLinear, linear_kind
 from polar_ray.model.architecture import CheckpointConfig
+from polar_ray.model.cost import causal_pairs, flops, flops_of_batches
 from polar_ray.model.polar import PolarForReward, load_polar
 from polar_ray.planning import Ids, Plan, Rewards, plan
 
@@ -53,7 +54,7 @@ class Measurement:
     """Tokens that went through the model: with padding, or with shared prefixes counted once."""
 
     flops: float
-    """Floating point operations on those tokens, from the formula in `_flops`."""
+    """Floating point operations on those tokens, by `model/cost.py`."""
 
     wall_s: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
@@ -157,8 +158,8 @@ def _sorted_batches(sequences: Sequence[Ids]) -> list[list[int]]:
 
 def _padded_method(model: PolarForReward, sequences: Sequence[Ids], batches: list[list[int]]) -> Method:
     widths = [max(len(sequences[row]) for row in batch) for batch in batches for _ in batch]
-    flops = _flops(model.checkpoint_config, sum(widths), sum(map(_causal_pairs, widths)))
-    return Method(lambda: _padded(model, sequences, batches), sum(widths), flops)
+    operations = flops(model.checkpoint_config, sum(widths), sum(map(causal_pairs, widths)))
+    return Method(lambda: _padded(model, sequences, batches), sum(widths), operations)
 
 
 @torch.inference_mode()
@@ -181,8 +182,8 @@ def _engine_method(engine: TorchEngine, config: CheckpointConfig, sequences: Seq
         share_prefixes=share,
         max_shared_length=engine.max_shared_length,
     )
-    flops = _flops(config, planned.computed_tokens, _computed_pairs(planned), n_rewards=len(sequences))
-    return Method(lambda: _planned(engine, planned), planned.computed_tokens, flops)
+    operations = flops_of_batches(config, planned.batches)
+    return Method(lambda: _planned(engine, planned), planned.computed_tokens, operations)
 
 
 def _planned(engine: TorchEngine, planned: Plan) -> Rewards:
@@ -190,35 +191,6 @@ def _planned(engine: TorchEngine, planned: Plan) -> Rewards:
     for batch in planned.batches:
         rewards[batch.rows] = engine.score(batch)
     return rewards[planned.first_of]
-
-
-def _causal_pairs(n: int) -> int:
-    """Pairs of a query and a key that causal attention over `n` tokens needs."""
-    return n * (n + 1) // 2
-
-
-def _computed_pairs(planned: Plan) -> int:
-    return sum(
-        _causal_pairs(len(group.prefix))
-        + sum(len(group.prefix) * len(suffix) + _causal_pairs(len(suffix)) for suffix in group.suffixes)
-        for batch in planned.batches
-        for group in batch.groups
-    )
-
-
-def _flops(config: CheckpointConfig, tokens: int, pairs: int, n_rewards: int | None = None) -> float:
-    """Two operations for each weight a token meets, and four for each element of each query's head and key.
-
-    With `n_rewards` the last layer computes keys and values for every token and the rest for that many only; its
-    attention is then left out, as it is nearly nothing.
-    """
-    hidden, key_width = config.hidden_size, config.num_key_value_heads * config.head_dim
-    key_value = 2 * hidden * key_width
-    others = 2 * hidden * hidden + 3 * hidden * config.intermediate_size
-    layers, last = config.num_hidden_layers, 0
-    if n_rewards is not None:
-        layers, last = layers - 1, 2 * (tokens * key_value + n_rewards * others)
-    return float(layers * (2 * tokens * (key_value + others) + 4 * pairs * hidden) + last)
 
 
 @torch.inference_mode()

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from polar_ray.cli import bench
 from polar_ray.cli.evaluate import evaluate
 from polar_ray.cli.inspect import inspect
+from polar_ray.cli.plan import plan
 from polar_ray.cli.rank import rank
 from polar_ray.cli.score import score
 from polar_ray.cli.serve import serve
@@ -41,6 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.command()(plan)
 app.command()(score)
 app.command()(serve)
 app.command()(train)

@@ -1,0 +1,42 @@
+"""Floating point operations of a pass through the model, counted from its shape: two for each weight that a token
+meets, and four for each element of a query's head and each key that it sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from polar_ray.model.architecture import CheckpointConfig
+from polar_ray.planning import Batch
+
+
+def causal_pairs(n: int) -> int:
+    """Pairs of a query and a key in causal attention over `n` tokens."""
+    return n * (n + 1) // 2
+
+
+def flops(config: CheckpointConfig, tokens: int, pairs: int, n_rewards: int | None = None) -> float:
+    """Of `tokens` tokens whose queries meet `pairs` keys.
+
+    With `n_rewards` the last layer computes keys and values for every token and the rest for that many only, as the
+    torch engine does; its attention is then left out, as it is nearly nothing. Embedding and head are left out too.
+    """
+    hidden, key_width = config.hidden_size, config.num_key_value_heads * config.head_dim
+    key_value = 2 * hidden * key_width
+    others = 2 * hidden * hidden + 3 * hidden * config.intermediate_size
+    layers, last = config.num_hidden_layers, 0
+    if n_rewards is not None:
+        layers, last = layers - 1, 2 * (tokens * key_value + n_rewards * others)
+    return float(layers * (2 * tokens * (key_value + others) + 4 * pairs * hidden) + last)
+
+
+def flops_of_batches(config: CheckpointConfig, batches: Iterable[Batch]) -> float:
+    """Of planned batches on an engine that computes each prefix once and the last layer where it is read."""
+    tokens = pairs = rewards = 0
+    for batch in batches:
+        tokens += batch.computed_tokens
+        rewards += len(batch)
+        for group in batch.groups:
+            shared = len(group.prefix)
+            pairs += causal_pairs(shared)
+            pairs += sum(shared * len(suffix) + causal_pairs(len(suffix)) for suffix in group.suffixes)
+    return flops(config, tokens, pairs, rewards)
