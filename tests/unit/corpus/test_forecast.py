@@ -1,6 +1,7 @@
 """What a job will take, held to what one takes."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -106,6 +107,13 @@ def test_sharing_limits_and_cuts_are_those_of_the_settings(corpus, taken):
     assert usage.computed_tokens < found.computed_tokens.total < found.tokens.total  # identical rows are computed once
     limited = CONFIG.model_copy(update={"limits": LimitsConfig(max_response_tokens=8)})
     assert forecast(corpus, limited, units=1000).cut_rows > 100
+
+
+def test_a_model_without_its_weights_will_do(corpus, tmp_path):
+    for name in ("config.json", "tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(EMBEDDED_FOLDER / name, tmp_path)
+    bare = forecast(corpus, CONFIG.model_copy(update={"model": str(tmp_path)}))
+    assert bare.flops == forecast(corpus, CONFIG).flops
 
 
 def test_operations_are_counted_from_the_shape():
