@@ -56,12 +56,15 @@ class TrainTask:
 
 
 def train_worker(task: TrainTask, tracker: Any) -> None:
-    """Run on every worker by Ray Train. What another try would not mend is told to the tracker."""
+    """Run on every worker by Ray Train. What another try would not mend is told to the tracker, and waits for its end."""
     try:
         _train(task, tracker)
     except (CheckpointError, ConfigError, TrainingError) as error:
         ray.get(tracker.fail.remote(error))
-        raise
+        # The driver ends the run. Raised here, the error would have Ray Train start other workers just then, and what
+        # these get nobody would know of and give back.
+        while True:
+            time.sleep(1)
 
 
 def _train(task: TrainTask, tracker: Any) -> None:
