@@ -56,7 +56,7 @@ class TrainTask:
 
 
 def train_worker(task: TrainTask, tracker: Any) -> None:
-    """Run on every worker by Ray Train. What another try would not mend is told to the tracker, and waits for its end."""
+    """Run on every worker by Ray Train. It tells the tracker what another try would not mend, and waits to be ended."""
     try:
         _train(task, tracker)
     except (CheckpointError, ConfigError, TrainingError) as error:
