@@ -7,7 +7,7 @@ from their first token on is shared if that saves more than any other grouping o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -106,6 +106,13 @@ class Plan:
     @property
     def computed_tokens(self) -> int:
         return sum(batch.computed_tokens for batch in self.batches)
+
+    def rewards(self, score: Callable[[Batch], Rewards]) -> Rewards:
+        """One reward per row that was planned, float32, in order, from what `score` gives for each batch."""
+        rewards = np.full(len(self.first_of), np.nan, dtype=np.float32)
+        for batch in self.batches:
+            rewards[batch.rows] = score(batch)
+        return rewards[self.first_of]
 
     def computed_by_row(self) -> npt.NDArray[np.int64]:
         """Computed tokens of each row; a group's prefix is its first row's, and a duplicate costs nothing."""

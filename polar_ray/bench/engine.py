@@ -21,7 +21,7 @@ from polar_ray.engines.torch.linear import Linear, PlainLinear, linear_kind
 from polar_ray.model.architecture import CheckpointConfig
 from polar_ray.model.cost import causal_pairs, flops, flops_of_batches
 from polar_ray.model.polar import PolarForReward, load_polar
-from polar_ray.planning import Ids, Plan, Rewards, plan
+from polar_ray.planning import Ids, Rewards, plan
 
 README_BATCH = 8
 """Sequences of a padded batch in POLAR's own examples."""
@@ -183,14 +183,7 @@ def _engine_method(engine: TorchEngine, config: CheckpointConfig, sequences: Seq
         max_shared_length=engine.max_shared_length,
     )
     operations = flops_of_batches(config, planned.batches)
-    return Method(lambda: _planned(engine, planned), planned.computed_tokens, operations)
-
-
-def _planned(engine: TorchEngine, planned: Plan) -> Rewards:
-    rewards = np.empty(len(planned.first_of), dtype=np.float32)
-    for batch in planned.batches:
-        rewards[batch.rows] = engine.score(batch)
-    return rewards[planned.first_of]
+    return Method(lambda: planned.rewards(engine.score), planned.computed_tokens, operations)
 
 
 @torch.inference_mode()

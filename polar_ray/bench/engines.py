@@ -237,10 +237,8 @@ def _turn(engine: Engine, sequences: Sequence[Ids], *, share_prefixes: bool) -> 
         share_prefixes=share_prefixes,
         max_shared_length=engine.max_shared_length,
     )
-    rewards = np.empty(len(planned.first_of), dtype=np.float32)
-    for batch in planned.batches:
-        rewards[batch.rows] = engine.score(batch)
-    return _Turn(time.perf_counter() - began, planned.computed_tokens, rewards[planned.first_of])
+    rewards = planned.rewards(engine.score)
+    return _Turn(time.perf_counter() - began, planned.computed_tokens, rewards)
 
 
 def _renamed(ids: Ids, number: int, vocab_size: int) -> Ids:

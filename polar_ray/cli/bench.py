@@ -24,6 +24,17 @@ if TYPE_CHECKING:
     from polar_ray.bench.engines import EngineResult
     from polar_ray.bench.serve import Comparison, Result
 
+ShapeName = Annotated[
+    Literal["tiny", "small", "medium"], typer.Option(help="Random weights of this shape: 2, 59 or 292 M parameters.")
+]
+WeightsInstead = Annotated[
+    str | None, typer.Option("--model", help="A checkpoint's folder or hub name instead of random weights.")
+]
+Groups = Annotated[int, typer.Option(min=1, help="Groups of outputs that share prompt and reference.")]
+GroupSize = Annotated[int, typer.Option(min=1, help="Outputs of one group.")]
+Seed = Annotated[int, typer.Option(help="Of weights, ids and lengths.")]
+Results = Annotated[Path | None, typer.Option("--output", "-o", help="Write the results as JSON to this file.")]
+
 app = typer.Typer(no_args_is_help=True, help="Measure speed and exactness on this machine.")
 
 
@@ -34,27 +45,21 @@ def bench() -> None:
 
 @app.command()
 def engine(
-    shape: Annotated[
-        Literal["tiny", "small", "medium"],
-        typer.Option(help="Random weights of this shape: 2, 59 or 292 M parameters."),
-    ] = "small",
-    model: Annotated[
-        str | None, typer.Option(help="A checkpoint's folder or hub name instead of random weights.")
-    ] = None,
+    shape: ShapeName = "small",
+    model: WeightsInstead = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32 or bfloat16. Repeatable; left out, both.")] = None,
-    groups: Annotated[int, typer.Option(min=1, help="Groups of outputs that share prompt and reference.")] = 8,
-    group_size: Annotated[int, typer.Option(min=1, help="Outputs of one group.")] = 4,
+    groups: Groups = 8,
+    group_size: GroupSize = 4,
     rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each method, interleaved.")] = 3,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Left out: one per core.")] = None,
-    seed: Annotated[int, typer.Option(help="Of weights, ids and lengths.")] = 0,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the results as JSON to this file.")
-    ] = None,
+    seed: Seed = 0,
+    output: Results = None,
 ) -> None:
     """Compare the torch engine with padded batches through transformers, on a CPU.
 
-    Ids are random; lengths are those of GSM8K triples. The methods take turns in one process; the least CPU
-    seconds of each decide, so that other work on the machine does not. One dtype a run gives the cleanest figures.
+    Ids are random; lengths are those of GSM8K triples. The methods take turns in one process; the median CPU
+    seconds of each are compared, so that other work on the machine counts little. One dtype a run gives the
+    cleanest figures.
 
     [dim]polar-ray bench engine --shape small --dtype bfloat16 --output engine.json[/]
     """
@@ -84,10 +89,9 @@ def engine(
             "threads": threads,
             "seed": seed,
         }
-        what = f"--shape {shape}" if model is None else f"--model {Path(model).name}"
         command = " ".join(
             [
-                f"polar-ray bench engine {what}",
+                f"polar-ray bench engine {_weights_option(shape, model)}",
                 *(f"--dtype {name}" for name in dtypes),
                 f"--groups {groups} --group-size {group_size} --rounds {rounds} --seed {seed}",
                 *([f"--threads {threads}"] if threads is not None else []),
@@ -106,22 +110,15 @@ def engines(
             "torch and what else this environment has."
         ),
     ] = None,
-    shape: Annotated[
-        Literal["tiny", "small", "medium"],
-        typer.Option(help="Random weights of this shape: 2, 59 or 292 M parameters."),
-    ] = "small",
-    model: Annotated[
-        str | None, typer.Option(help="A checkpoint's folder or hub name instead of random weights.")
-    ] = None,
-    groups: Annotated[int, typer.Option(min=1, help="Groups of outputs that share prompt and reference.")] = 8,
-    group_size: Annotated[int, typer.Option(min=1, help="Outputs of one group.")] = 8,
+    shape: ShapeName = "small",
+    model: WeightsInstead = None,
+    groups: Groups = 8,
+    group_size: GroupSize = 8,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each engine.")] = 5,
-    seed: Annotated[int, typer.Option(help="Of weights, ids and lengths.")] = 0,
+    seed: Seed = 0,
     config: ConfigFile = None,
     assignments: Assignments = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the results as JSON to this file.")
-    ] = None,
+    output: Results = None,
 ) -> None:
     """Compare engines, each with shared prefixes and without.
 
@@ -152,10 +149,9 @@ def engines(
         from polar_ray.bench.provenance import provenance
 
         kinds = [each.partition("=")[0] for each in named]
-        what = f"--shape {shape}" if model is None else f"--model {Path(model).name}"
         options = [
             *(f"--engine {kind}" for kind in kinds),
-            what,
+            _weights_option(shape, model),
             f"--groups {groups} --group-size {group_size} --rounds {rounds} --seed {seed}",
             *(f"--set {assignment}" for assignment in assignments or ()),
         ]
@@ -189,9 +185,7 @@ def serve(
     seconds: Annotated[float, typer.Option("--seconds-per-load", min=0.01, help="Of one turn, at least.")] = 1.0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of an engine, on every road.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the words.")] = 0,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the results as JSON to this file.")
-    ] = None,
+    output: Results = None,
 ) -> None:
     """Compare endpoints with the Scorer in one process, on a CPU.
 
@@ -267,6 +261,11 @@ def _checkpoint(shape: str, model: str | None, seed: int) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         write_random_checkpoint(Path(folder), SHAPES[shape], seed=seed)
         yield Path(folder)
+
+
+def _weights_option(shape: str, model: str | None) -> str:
+    """As in the command of a results file, which has no paths."""
+    return f"--shape {shape}" if model is None else f"--model {Path(model).name}"
 
 
 def _engines_table(results: Sequence[EngineResult]) -> Table:

@@ -15,14 +15,15 @@ from pydantic import BaseModel
 
 from polar_ray.columns import detect_message_json, parse_rows
 from polar_ray.config import ScoreConfig
-from polar_ray.corpus.inputs import Slice, examine, input_names, list_inputs
-from polar_ray.corpus.manifest import describe_files
+from polar_ray.corpus.inputs import examine, input_names, list_inputs
+from polar_ray.corpus.manifest import describe_files, units_of
 from polar_ray.corpus.units import read_sample, read_unchanged
 from polar_ray.encoding.encode import EncodedTriple, Encoder
 from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.engines.build import DEFAULT_TOKEN_BUDGET
 from polar_ray.errors import ConfigError, TripleError
 from polar_ray.model.architecture import CheckpointConfig
+from polar_ray.model.checkpoint import read_config
 from polar_ray.model.cost import flops_of_batches
 from polar_ray.model.locate import locate_model
 from polar_ray.model.rope import Rope
@@ -136,39 +137,38 @@ def forecast(
     if not 0 < mfu <= 1:
         raise ConfigError(f"mfu = {mfu}: expected a share of the peak, above 0 and at most 1")
     folder = locate_model(config.model, config.revision)
-    encoder, shape = Encoder(PolarTokenizer(folder), config.limits), _shape(folder)
+    encoder, shape = Encoder(PolarTokenizer(folder), config.limits), read_config(folder)
     files = list_inputs(input_names(inputs))
     contents = examine(files, config.columns, config.unit_rows, will_write=False)
     message_json = detect_message_json(read_sample(files, contents, config.columns), config.columns)
     described = describe_files(files, contents)
-    slices = [(place, part) for place, found in enumerate(contents) for part in found.slices]
-    drawn = sorted(random.Random(seed).sample(range(len(slices)), min(units, len(slices))))
+    every = units_of(contents)
+    drawn = sorted(random.Random(seed).sample(range(len(every)), min(units, len(every))))
     began = time.process_time()
     sampled = []
-    for index in drawn:
-        place, part = slices[index]
-        where = f"{files[place].url} rows {part.start}-{part.stop - 1}"
-        _, fields = read_unchanged(described[place], part, config.columns, where=where, reader="forecast")
-        sampled.append(_sample(part, encoder.encode_rows(parse_rows(fields, message_json)), config, shape))
+    for unit in (every[index] for index in drawn):
+        where = f"{files[unit.file].url} rows {unit.start}-{unit.stop - 1}"
+        _, fields = read_unchanged(described[unit.file], unit.slice, config.columns, where=where, reader="forecast")
+        sampled.append(_sample(unit.rows, encoder.encode_rows(parse_rows(fields, message_json)), config, shape))
         on_unit()
     cpu_s = time.process_time() - began
-    rows, sampled_rows = sum(part.rows for _, part in slices), sum(unit.rows for unit in sampled)
-    estimate = _Estimator(rows, len(slices), [unit.rows for unit in sampled])
-    flops = estimate([unit.flops for unit in sampled])
-    lengths = np.array([length for unit in sampled for length in unit.lengths] or [0])
+    rows, sampled_rows = sum(unit.rows for unit in every), sum(found.rows for found in sampled)
+    estimate = _Estimator(rows, len(every), [found.rows for found in sampled])
+    flops = estimate([found.flops for found in sampled])
+    lengths = np.array([length for found in sampled for length in found.lengths] or [0])
     return Forecast(
         files=len(files),
         rows=rows,
-        units=len(slices),
+        units=len(every),
         sampled_units=len(sampled),
         sampled_rows=sampled_rows,
-        tokens=estimate([unit.tokens for unit in sampled]),
-        computed_tokens=estimate([unit.computed_tokens for unit in sampled]),
+        tokens=estimate([found.tokens for found in sampled]),
+        computed_tokens=estimate([found.computed_tokens for found in sampled]),
         flops=flops,
         length_quantiles={str(q): int(np.quantile(lengths, q, method="higher")) for q in (0.5, 0.95, 0.99, 1)},
-        statuses=dict(sum((unit.statuses for unit in sampled), Counter())),
-        cut_rows=sum(unit.cut_rows for unit in sampled),
-        duplicates=sum(unit.duplicates for unit in sampled),
+        statuses=dict(sum((found.statuses for found in sampled), Counter())),
+        cut_rows=sum(found.cut_rows for found in sampled),
+        duplicates=sum(found.duplicates for found in sampled),
         encoding_cpu_hours=cpu_s * rows / sampled_rows / 3600,
         gpu=gpu,
         mfu=mfu,
@@ -177,16 +177,11 @@ def forecast(
     )
 
 
-def _shape(folder: Path) -> CheckpointConfig:
-    file = folder / "config.json"
-    return CheckpointConfig.from_json(file.read_text(), source=str(file))
-
-
 def _sample(
-    part: Slice, encoded: Sequence[EncodedTriple | TripleError], config: ScoreConfig, shape: CheckpointConfig
+    rows: int, encoded: Sequence[EncodedTriple | TripleError], config: ScoreConfig, shape: CheckpointConfig
 ) -> _Sampled:
     good = [row for row in encoded if isinstance(row, EncodedTriple)]
-    unit = _Sampled(part.rows, lengths=[len(row.ids) for row in good])
+    unit = _Sampled(rows, lengths=[len(row.ids) for row in good])
     unit.statuses.update(row.code for row in encoded if isinstance(row, TripleError))
     unit.tokens = sum(unit.lengths)
     unit.cut_rows = sum(row.cut_tokens > 0 for row in good)

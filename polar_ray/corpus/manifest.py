@@ -114,6 +114,15 @@ class Manifest(Settings):
         return f"unit {index} ({self.files[unit.file].url} rows {unit.start}-{unit.stop - 1})"
 
 
+def units_of(contents: Sequence[Contents]) -> tuple[Unit, ...]:
+    """The units of a job over files with these contents, in order."""
+    slices = ((place, part) for place, found in enumerate(contents) for part in found.slices)
+    return tuple(
+        Unit(index=index, file=place, start=part.start, stop=part.stop, offset=part.offset, end=part.end)
+        for index, (place, part) in enumerate(slices)
+    )
+
+
 def make_manifest(
     files: Sequence[InputFile],
     contents: Sequence[Contents],
@@ -122,19 +131,13 @@ def make_manifest(
     message_json: frozenset[str],
 ) -> Manifest:
     """The manifest of a new job."""
-    slices: list[tuple[int, Slice]] = [
-        (place, slice_) for place, found in enumerate(contents) for slice_ in found.slices
-    ]
     return Manifest(
         job_id=uuid.uuid4().hex,
         receipt=receipt,
         columns=columns,
         message_json=tuple(sorted(message_json)),
         files=describe_files(files, contents),
-        units=tuple(
-            Unit(index=index, file=place, start=s.start, stop=s.stop, offset=s.offset, end=s.end)
-            for index, (place, s) in enumerate(slices)
-        ),
+        units=units_of(contents),
     )
 
 

@@ -152,10 +152,7 @@ def score_all(engine: Engine, sequences: Sequence[Ids], *, share_prefixes: bool 
         share_prefixes=share_prefixes,
         max_shared_length=engine.max_shared_length,
     )
-    rewards = np.full(len(sequences), np.nan, dtype=np.float32)
-    for batch in planned.batches:
-        rewards[batch.rows] = engine.score(batch)
-    return rewards[planned.first_of]
+    return planned.rewards(engine.score)
 
 
 def measure(found: Rewards, expected: Rewards) -> Deviation:

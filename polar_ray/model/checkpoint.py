@@ -66,7 +66,7 @@ class Checkpoint:
     def open(cls, folder: str | Path) -> Checkpoint:
         """Raises `CheckpointError` naming the file, field or tensor that is missing, unexpected or malformed."""
         folder = Path(folder)
-        config = CheckpointConfig.from_json(_read_text(folder / "config.json"), source=str(folder / "config.json"))
+        config = read_config(folder)
         stored = {name: tensor for file in _weight_files(folder) for name, tensor in _read_header(file).items()}
         _check(folder, config, stored)
         return cls(folder, config, stored)
@@ -96,6 +96,12 @@ class Checkpoint:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{stored.file}: {name} cannot be read: {error}") from None
         return tensor.to(device=device, dtype=dtype)
+
+
+def read_config(folder: Path) -> CheckpointConfig:
+    """The config of a folder, which need not have its weights. Raises `CheckpointError`."""
+    file = folder / "config.json"
+    return CheckpointConfig.from_json(_read_text(file), source=str(file))
 
 
 def weights_digest(folder: str | Path) -> str:

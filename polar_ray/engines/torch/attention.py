@@ -87,9 +87,7 @@ class BlockAttention:
 
     def __init__(self, dtype: torch.dtype, head_dim: int, queries_per_key: int) -> None:
         self.score_scale = math.log2(math.e) * head_dim**-0.5
-        later = torch.full((BLOCK_TOKENS, BLOCK_TOKENS), -math.inf).triu(1)
-        self._later = later.repeat_interleave(queries_per_key, 0).to(dtype)
-        """Hides the keys behind each query of a block, `[M, N]`; rows are ordered by token, then R."""
+        self._later = _later(BLOCK_TOKENS, queries_per_key, dtype, torch.device("cpu"))
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, families: Sequence[Family]) -> Tensor:
         out, lowest, highest = self._mix(queries, keys, values, families, subtract_largest=False)
@@ -139,8 +137,7 @@ class PlacedAttention:
     ) -> None:
         self.score_scale = head_dim**-0.5
         self._size = block_tokens
-        later = torch.full((block_tokens, block_tokens), -math.inf, device=device).triu(1)
-        self._later = later.repeat_interleave(queries_per_key, 0).to(dtype)
+        self._later = _later(block_tokens, queries_per_key, dtype, device)
         self._mix = _mix_by_products if onednn_works(dtype, device.type) else _mix_by_sdpa
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, families: Sequence[Family]) -> Tensor:
@@ -183,6 +180,12 @@ def _mix_by_sdpa(queries: Tensor, keys: Tensor, values: Tensor, later: Tensor) -
     mask = F.pad(later, (keys.shape[1] - later.shape[1], 0))
     q, k, v = (part.contiguous().unsqueeze(0) for part in (queries, keys, values))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)[0]
+
+
+def _later(block_tokens: int, queries_per_key: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Hides the keys behind each query of a block, `[M, N]`; rows are ordered by token, then R."""
+    hidden = torch.full((block_tokens, block_tokens), -math.inf, device=device).triu(1)
+    return hidden.repeat_interleave(queries_per_key, 0).to(dtype)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

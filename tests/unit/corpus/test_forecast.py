@@ -57,7 +57,7 @@ def corpus(rows, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def taken(rows):
-    """(tokens, computed tokens, duplicates, lengths) of a job over the corpus, unit by unit."""
+    """(usage, rows) of a job over the corpus, unit by unit."""
     middle = len(rows) // 2
     scorer = Scorer(Encoder(PolarTokenizer(EMBEDDED_FOLDER), LimitsConfig()), FakeEngine(token_budget=2000))
     scored = []

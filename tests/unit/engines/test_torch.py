@@ -33,10 +33,7 @@ def score(engine, sequences, *, share, token_budget=1000):
     planned = plan(
         sequences, token_budget=token_budget, share_prefixes=share, max_shared_length=engine.max_shared_length
     )
-    rewards = np.empty(len(sequences), dtype=np.float32)
-    for batch in planned.batches:
-        rewards[batch.rows] = engine.score(batch)
-    return rewards[planned.first_of]
+    return planned.rewards(engine.score)
 
 
 def one(ids):
