@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
+import pyarrow as pa
 import ray
 
 from polar_ray.config import ScoreConfig
 from polar_ray.corpus.manifest import Manifest, load_manifest
 from polar_ray.corpus.storage import Location
 from polar_ray.corpus.summary import UnitReport, report_unit
-from polar_ray.corpus.tracker import Assignment
+from polar_ray.corpus.tracker import MAIN, Assignment, Verdict
 from polar_ray.corpus.units import read_report, read_unit, write_unit
 from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.errors import (
@@ -41,6 +41,14 @@ MOST_OTHER_DEATHS = 3
 """On one unit, outside the engine. A lost node explains one or two; more is the file or the memory."""
 
 CHECK_POLL_SECONDS = 0.5
+
+BACK_UP = -1
+"""In place of a unit: see to those of other actors that are queued or overdue, until none is."""
+
+BACK_UP_POLL_SECONDS = 1.0
+
+REPORTS = pa.schema({"unit": pa.int64(), "report": pa.string()})
+"""What an actor gives back: units and their reports, as JSON."""
 
 BuildScorer = Callable[[ScoreConfig], Scorer]
 
@@ -91,10 +99,21 @@ class ScoringActor:
             raise
         ray.get(tracker.started.remote())
 
-    def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
-        """A column of unit indices in, a column of their reports (JSON) out."""
-        reports = [self._do_unit(int(unit)).model_dump_json() for unit in batch["unit"]]
-        return {"unit": batch["unit"], "report": np.array(reports, dtype=object)}
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Lists of unit indices in, in a column `units`; `REPORTS` out, a row for each unit."""
+        done = [row for units in batch.column("units").to_pylist() for unit in units for row in self._do(unit)]
+        return pa.Table.from_pylist(done, REPORTS)
+
+    def _do(self, unit: int) -> Iterator[dict[str, Any]]:
+        if unit != BACK_UP:
+            yield {"unit": unit, "report": self._do_unit(unit, MAIN).model_dump_json()}
+            return
+        who = ray.get_runtime_context().get_actor_id()
+        while (found := ray.get(self._tracker.back_up.remote(who))) != "leave":
+            if found == "wait":
+                time.sleep(BACK_UP_POLL_SECONDS)
+            else:
+                yield {"unit": found, "report": self._do_unit(found, who).model_dump_json()}
 
     def _check_node(self, manifest: Manifest) -> None:
         """Weights of the same name can differ from node to node; one actor of each compares, the others wait for it."""
@@ -114,22 +133,31 @@ class ScoringActor:
             )
         ray.get(self._tracker.pass_check.remote(node))
 
-    def _do_unit(self, index: int) -> UnitReport:
-        committed = read_report(self._task.output, self._manifest, index)
-        if committed is not None:  # the task is a retry, and its first try got this far
-            self._tell_finished(index, committed)
-            return committed
+    def _do_unit(self, index: int, who: str) -> UnitReport:
+        """Score a unit and write its file, unless that is done already. `who` does it: see `tracker.MAIN`."""
         try:
-            return self._score_unit(index)
+            committed = read_report(self._task.output, self._manifest, index)
+            if committed is None:
+                return self._score_unit(index, who)
+            self._tell_finished(index, who, committed)  # by another actor, or by this task's first try
+        except _DoneElsewhere:
+            return self._report_of(index)
         except ProcessCrashed:  # a process of the engine's: as if it was this one, so that the rows are looked into
             os._exit(1)
         except PolarRayError as error:
             ray.get(self._tracker.fail.remote(error))
             raise
+        return committed
 
-    def _score_unit(self, index: int) -> UnitReport:
+    def _report_of(self, index: int) -> UnitReport:
+        report = read_report(self._task.output, self._manifest, index)
+        if report is None:
+            raise JobError(f"{self._manifest.describe(index)}: its file vanished; run the same command again")
+        return report
+
+    def _score_unit(self, index: int, who: str) -> UnitReport:
         started = time.perf_counter()
-        assignment: Assignment = ray.get(self._tracker.begin.remote(index, self._manifest.units[index].rows))
+        assignment: Assignment = ray.get(self._tracker.begin.remote(index, self._manifest.units[index].rows, who))
         if assignment.other_deaths > MOST_OTHER_DEATHS:
             raise JobError(
                 f"{self._manifest.describe(index)}: {assignment.other_deaths} processes died while reading or writing "
@@ -142,28 +170,30 @@ class ScoringActor:
             )
         table, triples = read_unit(self._manifest, index)
         before = self._scorer.usage.copy()
-        scored = self._score_ranges(index, triples, assignment)
-        ray.get(self._tracker.scored.remote(index))
-        self._check_engine(index, triples, scored)
+        scored = self._score_ranges(index, who, triples, assignment)
+        _obey(ray.get(self._tracker.scored.remote(index, who)))
+        self._check_engine(index, who, triples, scored)
         usage = self._scorer.usage - before
         report = report_unit(triples, scored, usage, time.perf_counter() - started)
         write_unit(self._task.output, self._manifest, index, table, scored, report)
-        self._tell_finished(index, report)
+        self._tell_finished(index, who, report)
         return report
 
-    def _tell_finished(self, index: int, report: UnitReport) -> None:
-        ray.get(self._tracker.finish.remote(index, report.rows, report.tokens, report.computed_tokens))
+    def _tell_finished(self, index: int, who: str, report: UnitReport) -> None:
+        ray.get(self._tracker.finish.remote(index, report.rows, report.tokens, report.computed_tokens, who))
 
-    def _score_ranges(self, index: int, triples: list[Triple | TripleError], assignment: Assignment) -> list[Scored]:
+    def _score_ranges(
+        self, index: int, who: str, triples: list[Triple | TripleError], assignment: Assignment
+    ) -> list[Scored]:
         scored: dict[int, Scored] = {row: _crashed() for row in assignment.quarantined}
-        progress = _Progress(self._tracker, index, self._scorer)
+        progress = _Progress(self._tracker, index, who, self._scorer)
         for rows in assignment.ranges:
-            ray.get(self._tracker.mark.remote(index, rows))
+            ray.get(self._tracker.mark.remote(index, rows, who))
             outcomes = self._scorer.score(triples[rows.start : rows.stop], progress.on_batch)
             scored.update(zip(range(rows.start, rows.stop), outcomes, strict=True))
         return [scored[row] for row in range(len(triples))]
 
-    def _check_engine(self, index: int, triples: list[Triple | TripleError], scored: list[Scored]) -> None:
+    def _check_engine(self, index: int, who: str, triples: list[Triple | TripleError], scored: list[Scored]) -> None:
         """Leave, without writing, when it is the engine that is broken: a fresh process first, then the job fails.
 
         Where the engine failed on rows, one that went well must go well again; after an error that sticks to a GPU
@@ -175,7 +205,7 @@ class ScoringActor:
         good = (triple for triple, row in zip(triples, scored, strict=True) if row.is_ok)
         if self._scorer.score([next(good, CANARY)])[0].is_ok:
             return
-        if ray.get(self._tracker.engine_failed.remote(index)):
+        if ray.get(self._tracker.engine_failed.remote(index, who)):
             os._exit(1)
         raise EngineError(
             f"the engine fails on {self._manifest.describe(index)}, in fresh processes as well; the first failure: "
@@ -183,21 +213,33 @@ class ScoringActor:
         )
 
 
+class _DoneElsewhere(Exception):
+    """Another actor has written the unit's file."""
+
+
+def _obey(verdict: Verdict) -> None:
+    """Raise, to leave a unit, what the tracker's verdict asks for."""
+    if verdict == "stop":
+        raise JobError("the job was stopped")
+    if verdict == "drop":
+        raise _DoneElsewhere
+
+
 class _Progress:
     """Tells the tracker what was scored since it was last told, and learns whether to go on."""
 
-    def __init__(self, tracker: Tracker, unit: int, scorer: Scorer) -> None:
+    def __init__(self, tracker: Tracker, unit: int, who: str, scorer: Scorer) -> None:
         self._tracker = tracker
         self._unit = unit
+        self._who = who
         self._scorer = scorer
         self._told = scorer.usage.copy()
 
     def on_batch(self) -> None:
         usage: Usage = self._scorer.usage - self._told
         self._told = self._scorer.usage.copy()
-        told = self._tracker.progress.remote(self._unit, usage.rows, usage.tokens, usage.computed_tokens)
-        if ray.get(told):
-            raise JobError("the job was stopped")
+        told = self._tracker.progress.remote(self._unit, usage.rows, usage.tokens, usage.computed_tokens, self._who)
+        _obey(ray.get(told))
 
 
 def _crashed() -> Scored:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,7 @@ from polar_ray.corpus.manifest import (
 )
 from polar_ray.corpus.progress import JobProgress, SilentProgress
 from polar_ray.corpus.report import ReportFacts, write_report
-from polar_ray.corpus.run import Job, run_units
+from polar_ray.corpus.run import Account, Job, run_units
 from polar_ray.corpus.storage import Location
 from polar_ray.corpus.summary import UnitReport, combine
 from polar_ray.corpus.units import read_report, read_sample
@@ -101,12 +102,12 @@ def score_parquet(
         else:
             job = _resume(place, earlier, files, config, progress)
         todo = _unfinished(job)
-        actors = 0
+        account = Account()
         if todo and resumed:  # a new job has needed the cluster already, to know its devices
             _connect(cluster, progress)
         if todo:
-            actors = run_units(job, todo, progress, build_scorer or open_scorer)
-    return _conclude(job, names, started, todo, actors, progress)
+            account = run_units(job, todo, progress, build_scorer or open_scorer)
+    return _conclude(job, names, started, todo, account, progress)
 
 
 def _begin(
@@ -176,11 +177,11 @@ def _unfinished(job: Job) -> list[int]:
 
 
 def _conclude(
-    job: Job, names: list[str], started: float, todo: list[int], actors: int, progress: JobProgress
+    job: Job, names: list[str], started: float, todo: list[int], account: Account, progress: JobProgress
 ) -> JobSummary:
-    """Add up the reports in the output's files, write report.html, and judge the failures."""
+    """Add up the reports of all units, write report.html, and judge the failures."""
     untrained = is_untrained(locate_model(job.config.model, job.config.revision))
-    total = _add_up(job, progress)
+    total = _add_up(job, account, progress)
     receipt, seconds = job.manifest.receipt, time.time() - started
     report = job.output.join(FOLDER, "report.html")
     if todo or not report.exists():
@@ -193,7 +194,7 @@ def _conclude(
             started=started,
             finished=time.time(),
             wall_seconds=seconds,
-            actors=actors,
+            actors=account.actors,
         )
         report.write_atomically(write_report(total, facts).encode())
     if total.failed > job.config.max_failed_fraction * total.rows:
@@ -215,7 +216,10 @@ def _conclude(
     )
 
 
-def _add_up(job: Job, progress: JobProgress) -> UnitReport:
+def _add_up(job: Job, account: Account, progress: JobProgress) -> UnitReport:
+    """The job's account: this run's, and the reports in the files that it did not write or hear of."""
+    others = [unit.index for unit in job.manifest.units if unit.index not in account.units]
+
     def read(index: int) -> UnitReport:
         report = read_report(job.output, job.manifest, index)
         if report is None:
@@ -223,8 +227,5 @@ def _add_up(job: Job, progress: JobProgress) -> UnitReport:
         on_unit()
         return report
 
-    with (
-        progress.counted("adding up", len(job.manifest.units)) as on_unit,
-        ThreadPoolExecutor(LISTING_THREADS) as pool,
-    ):
-        return combine(pool.map(read, range(len(job.manifest.units))))
+    with progress.counted("adding up", len(others)) as on_unit, ThreadPoolExecutor(LISTING_THREADS) as pool:
+        return combine(itertools.chain([account.total], pool.map(read, others)))

@@ -148,8 +148,9 @@ def load_manifest(output: Location) -> Manifest | None:
     """
     place = manifest_location(output)
     try:
-        if place.exists():
-            return Manifest.model_validate_json(place.read_bytes())
+        content = place.patiently(lambda: place.read_bytes() if place.exists() else None)
+        if content is not None:
+            return Manifest.model_validate_json(content)
         strangers = _strangers(output)
     except ValidationError as error:
         raise OutputError(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -16,19 +17,19 @@ import ray.data
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from polar_ray.config import ScoreConfig, ray_address
-from polar_ray.corpus.actor import ActorTask, BuildScorer, ScoringActor
+from polar_ray.corpus.actor import BACK_UP, ActorTask, BuildScorer, ScoringActor
 from polar_ray.corpus.manifest import Manifest
 from polar_ray.corpus.progress import JobProgress, Show
 from polar_ray.corpus.storage import Location
-from polar_ray.corpus.summary import UnitReport
+from polar_ray.corpus.summary import UnitReport, combine
 from polar_ray.corpus.tracker import JobTracker, Snapshot
 from polar_ray.errors import ConfigError, JobError, JobStalled, PolarRayError, TooManyFailures, unwrap
 
 CPUS_PER_ENGINE = 8
 """Threads that one CPU engine makes good use of; where there are more cores, more actors are better."""
 
-MOST_BLOCKS = 4096
-"""Ray Data keeps state for every block; beyond this many units a block holds several."""
+MOST_TASKS = 4096
+"""Ray Data keeps state for every task; beyond this many units a task is to do several."""
 
 POLL_SECONDS = 0.25
 
@@ -59,8 +60,29 @@ class Pool:
     gpus: int
 
 
-def run_units(job: Job, todo: list[int], progress: JobProgress, build_scorer: BuildScorer) -> int:
-    """Score the units in `todo` and write their files; gives the number of actors that worked on them.
+@dataclass
+class Account:
+    """What a run did: the sum of its units' reports, and which units these are.
+
+    Summed up as reports arrive, so that a driver's memory does not grow with the units of its job.
+    """
+
+    actors: int = 0
+    """That worked at most."""
+
+    total: UnitReport = field(default_factory=UnitReport)
+    units: set[int] = field(default_factory=set)
+    """May lack some whose files are written: their actor was given up before it had told of them."""
+
+    def add(self, unit: int, report: UnitReport) -> None:
+        """Said twice, by an actor and by the one that backed it up, a unit counts once."""
+        if unit not in self.units:
+            self.units.add(unit)
+            self.total = combine([self.total, report])
+
+
+def run_units(job: Job, todo: list[int], progress: JobProgress, build_scorer: BuildScorer) -> Account:
+    """Score the units in `todo` and write their files.
 
     Raises what the job's contract says, typed, with Ray's wrapping removed.
     """
@@ -71,18 +93,19 @@ def run_units(job: Job, todo: list[int], progress: JobProgress, build_scorer: Bu
     threads = job.config.engine.threads or max(1, int(pool.cpus))
     engine = job.config.engine.model_copy(update={"threads": threads})
     task = ActorTask(job.output, job.config.model_copy(update={"engine": engine}), build_scorer)
-    tracker = _start_tracker(pool)
+    tracker = _start_tracker(pool, todo)
+    account = Account(pool.most)
     rows_before = job.manifest.rows - sum(job.manifest.units[index].rows for index in todo)
     with progress.scoring(job.manifest.rows, rows_before, pool.most) as show:
-        _drive(job, _dataset(todo, task, tracker, pool), tracker, show)
-    return pool.most
+        _drive(_Run(job, todo, account, tracker, show), _dataset(todo, task, tracker, pool))
+    return account
 
 
-def _start_tracker(pool: Pool) -> Any:
+def _start_tracker(pool: Pool, todo: list[int]) -> Any:
     """The job's tracker, on the driver's node: if that is lost, so is the job, and nothing else can take it away."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "scheduling_strategy": here}
-    return ray.remote(JobTracker).options(**options).remote(pool.most)
+    return ray.remote(JobTracker).options(**options).remote(pool.most, todo)
 
 
 def plan_pool(config: ScoreConfig, n_units: int, nodes: Sequence[Mapping[str, float]]) -> Pool:
@@ -123,11 +146,15 @@ def _dataset(todo: list[int], task: ActorTask, tracker: Any, pool: Pool) -> ray.
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1  # off: a unit may rightly take hours, and the job watches by itself
-    units = ray.data.from_items([{"unit": index} for index in todo], override_num_blocks=min(len(todo), MOST_BLOCKS))
-    return units.map_batches(
+    size = math.ceil(len(todo) / MOST_TASKS)
+    tasks = [todo[start : start + size] for start in range(0, len(todo), size)]
+    tasks += [[BACK_UP]] * (pool.most if pool.most > 1 else 0)
+    items = ray.data.from_items([{"units": task} for task in tasks], override_num_blocks=len(tasks))
+    return items.map_batches(
         ScoringActor,
         fn_constructor_args=(task, tracker),
         batch_size=1,
+        batch_format="pyarrow",
         num_cpus=pool.cpus,
         num_gpus=pool.gpus,
         compute=ray.data.ActorPoolStrategy(
@@ -136,15 +163,29 @@ def _dataset(todo: list[int], task: ActorTask, tracker: Any, pool: Pool) -> ray.
     )
 
 
-def _drive(job: Job, data: ray.data.Dataset, tracker: Any, show: Show) -> None:
+Arrivals = queue.SimpleQueue[tuple[int, UnitReport] | BaseException | None]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the driver needs to follow a run."""
+
+    job: Job
+    todo: list[int]
+    account: Account
+    tracker: Any
+    show: Show
+
+
+def _drive(run: _Run, data: ray.data.Dataset) -> None:
     """Consume the data set in a thread, so that this one can watch, draw and be interrupted."""
-    arrivals: queue.SimpleQueue[UnitReport | BaseException | None] = queue.SimpleQueue()
+    arrivals: Arrivals = queue.SimpleQueue()
 
     def consume() -> None:
         try:
             for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                for report in batch.column("report").to_pylist():
-                    arrivals.put(UnitReport.model_validate_json(report))
+                for row in batch.to_pylist():
+                    arrivals.put((row["unit"], UnitReport.model_validate_json(row["report"])))
             arrivals.put(None)
         except BaseException as error:  # whatever it is, it is the main thread's to raise
             arrivals.put(error)
@@ -153,27 +194,23 @@ def _drive(job: Job, data: ray.data.Dataset, tracker: Any, show: Show) -> None:
     consumer.start()
     with _interrupts() as interrupted:
         try:
-            _follow(job, arrivals, tracker, show, interrupted)
+            _follow(run, arrivals, interrupted)
         finally:
-            _end(consumer, tracker)
+            _end(consumer, run.tracker)
 
 
-def _follow(
-    job: Job,
-    arrivals: queue.SimpleQueue[UnitReport | BaseException | None],
-    tracker: Any,
-    show: Show,
-    interrupted: threading.Event,
-) -> None:
-    """Until the last unit has arrived, or something says that it never will."""
-    rows = failed = 0
+def _follow(run: _Run, arrivals: Arrivals, interrupted: threading.Event) -> None:
+    """Until the last report has arrived, or every unit is done and one that hangs does not say so, or it fails."""
     watched = time.monotonic()
-    while True:
+    done_since: float | None = None
+    while done_since is None or time.monotonic() - done_since < GRACE_SECONDS:
         if interrupted.is_set():
             raise KeyboardInterrupt
         if time.monotonic() - watched >= POLL_SECONDS:
-            _watch(job, tracker, show)
+            snapshot = _watch(run)
             watched = time.monotonic()
+            if done_since is None and snapshot.finished >= len(run.todo):
+                done_since = watched
         try:
             arrival = arrivals.get(timeout=POLL_SECONDS)
         except queue.Empty:
@@ -181,9 +218,9 @@ def _follow(
         if arrival is None:
             return
         if isinstance(arrival, BaseException):
-            raise _typed(arrival, tracker) from arrival
-        rows, failed = rows + arrival.rows, failed + arrival.failed
-        _stop_a_job_gone_wrong(job, rows, failed)
+            raise _typed(arrival, run.tracker) from arrival
+        run.account.add(*arrival)
+        _stop_a_job_gone_wrong(run.job, run.account.total)
 
 
 @contextmanager
@@ -221,24 +258,24 @@ def _end(consumer: threading.Thread, tracker: Any) -> None:
         return  # the cluster itself is gone, and the actors with it
 
 
-def _watch(job: Job, tracker: Any, show: Show) -> None:
-    snapshot: Snapshot = ray.get(tracker.snapshot.remote())
-    show(snapshot)
-    if snapshot.seconds_since_progress <= job.config.no_progress_timeout_s:
-        return
-    stuck = [f"{job.manifest.describe(item.unit)} for {item.seconds:.0f} s" for item in snapshot.in_flight]
+def _watch(run: _Run) -> Snapshot:
+    snapshot: Snapshot = ray.get(run.tracker.snapshot.remote())
+    run.show(snapshot)
+    if snapshot.seconds_since_progress <= run.job.config.no_progress_timeout_s:
+        return snapshot
+    stuck = [f"{run.job.manifest.describe(item.unit)} for {item.seconds:.0f} s" for item in snapshot.in_flight]
     raise JobStalled(
         f"no progress for {snapshot.seconds_since_progress:.0f} s; {snapshot.actors} engines came up; in flight: "
         f"{'; '.join(stuck) or 'nothing'}. Run the same command again to go on, or raise no_progress_timeout_s"
     )
 
 
-def _stop_a_job_gone_wrong(job: Job, rows: int, failed: int) -> None:
+def _stop_a_job_gone_wrong(job: Job, done: UnitReport) -> None:
     """Stop as soon as more rows failed than the whole job is allowed."""
     allowed = job.config.max_failed_fraction * job.manifest.rows
-    if failed > allowed:
+    if done.failed > allowed:
         raise TooManyFailures(
-            f"{failed} of the {rows} rows scored so far have no reward; max_failed_fraction = "
+            f"{done.failed} of the {done.rows} rows scored so far have no reward; max_failed_fraction = "
             f"{job.config.max_failed_fraction} allows {allowed:.0f} of {job.manifest.rows}. The files finished so far "
             f"in {job.output.url} say why, row by row"
         )

@@ -1,24 +1,43 @@
 """Files on local disks and object stores, through pyarrow's filesystems, or fsspec's where pyarrow has none.
 
 A commit is one atomic step on either: a rename on a filesystem, the end of one upload on an object store.
+
+Object stores slow down and go away for minutes, and the work of hundreds of GPUs must not end with that: what actors
+read and write is tried again for a while. Local disks are not waited for: a full one does not empty itself.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
+from typing import TypeVar
 from urllib.parse import quote
 
 import pyarrow as pa
 from pyarrow import fs
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from polar_ray.errors import InputError, OutputError
 
+T = TypeVar("T")
+
 UPLOAD_CHUNK_BYTES = 16 << 20
+
+PATIENCE_SECONDS = 300.0
+"""For which an object store is asked again; pyarrow itself gives up on S3 after 31 requests in about six seconds."""
+
+LONGEST_PAUSE_SECONDS = 20.0
+
+FINAL = re.compile(r"ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_|SIGNATURE|NOT_IMPLEMENTED|EXPIRED|UNRECOGNIZED|CREDENTIALS")
+"""In errors of pyarrow's S3: what no waiting mends."""
+
+log = logging.getLogger(__name__)
 
 URI_MARKS = ":/?@!$&'()*+,;=%~"
 """What stays as it is when a URL is given to pyarrow, which refuses one with a space or a letter beyond ASCII in it."""
@@ -127,10 +146,33 @@ class Location:
         elif info.type == fs.FileType.File:
             self.filesystem.delete_file(self.path)
 
+    def patiently(self, ask: Callable[[], T]) -> T:
+        """What `ask` gives; on an object store it is asked again while its error may pass, for `PATIENCE_SECONDS`.
+
+        `ask` may have had its effect although it raised: a reply can get lost.
+        """
+        if self.is_local:
+            return ask()
+        retrying = Retrying(
+            retry=retry_if_exception(_may_pass),
+            wait=wait_random_exponential(max=LONGEST_PAUSE_SECONDS),
+            stop=stop_after_delay(PATIENCE_SECONDS),
+            before_sleep=self._log_retry,
+            reraise=True,
+        )
+        return retrying(ask)
+
+    def _log_retry(self, state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        log.warning("%s: attempt %d failed, trying again (%s)", self.url, state.attempt_number, error)
+
     def commit(self, content: pa.Buffer | bytes) -> None:
-        """As `write_atomically`. Raises `OutputError` when the storage refuses; then there is no such file."""
+        """As `write_atomically`, patiently. Raises `OutputError` when the storage refuses; then there is no such file.
+
+        When an object store only lost its reply there may be one, and it is whole.
+        """
         try:
-            self.write_atomically(content)
+            self.patiently(lambda: self.write_atomically(content))
         except (OSError, pa.ArrowException) as error:
             raise OutputError(
                 f"{self.url}: cannot be written ({error}); mend that and run the same command again"
@@ -180,6 +222,12 @@ class Location:
         with self.filesystem.open_output_stream(path) as stream:
             for start in range(0, len(view), UPLOAD_CHUNK_BYTES):
                 stream.write(view[start : start + UPLOAD_CHUNK_BYTES])
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether an error of an object store may be gone in a minute."""
+    final = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+    return isinstance(error, OSError) and not isinstance(error, final) and not FINAL.search(str(error).upper())
 
 
 def _sync(path: str) -> None:

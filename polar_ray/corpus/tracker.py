@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
+from statistics import median
 from typing import Any, Literal, NamedTuple
 
 from polar_ray.errors import PolarRayError
@@ -33,6 +36,24 @@ PASSED = math.inf
 """In place of the time at which a check was claimed."""
 
 CheckVerdict = Literal["check", "wait", "passed"]
+
+MAIN = "main"
+"""Who works on a unit: Ray Data's own task for it, of which one runs at a time. Others are named by their actor."""
+
+Verdict = Literal["go_on", "drop", "stop"]
+"""What an actor is to do next: go on, drop the unit because its file is there, or stop because the job is over."""
+
+OVERDUE = 2.0
+"""A unit that takes so many times as long as its rows usually do is done again by an actor that has nothing to do."""
+
+OVERDUE_SECONDS = 10.0
+"""And no sooner than this: two engines on one unit must not be the rule where units are small."""
+
+PACES = 256
+"""Units, the last ones, by which is judged how long one usually takes."""
+
+PRESENT_SECONDS = 5.0
+"""An idle actor asks about once a second; one that has not asked for so long has gone."""
 
 
 class Rows(NamedTuple):
@@ -73,6 +94,9 @@ class Snapshot:
     computed_tokens: int
     quarantined: int
     deaths: int
+    finished: int
+    """Units whose files are written, or were found written."""
+
     seconds_since_progress: float
     in_flight: tuple[Stuck, ...]
     stage: str
@@ -82,18 +106,31 @@ class Snapshot:
 
 
 @dataclass
-class _UnitState:
-    ranges: list[Rows]
-    is_taken: bool = False
+class _Attempt:
+    """One process's go at a unit."""
+
+    begun: float
     in_flight: Rows | None = None
     since: float = 0.0
+    rows: int = 0
+    tokens: int = 0
+    computed_tokens: int = 0
+
+
+@dataclass
+class _UnitState:
+    size: int
+    ranges: list[Rows]
+    attempts: dict[str, _Attempt] = field(default_factory=dict)
     other_deaths: int = 0
     deaths: dict[Rows, int] = field(default_factory=dict)
     quarantined: set[int] = field(default_factory=set)
     engine_failures: int = 0
-    rows: int = 0
-    tokens: int = 0
-    computed_tokens: int = 0
+
+    @property
+    def furthest(self) -> _Attempt:
+        """The attempt that has come furthest; one that has done nothing where there is none."""
+        return max(self.attempts.values(), key=lambda attempt: attempt.rows, default=_Attempt(0.0))
 
 
 class JobTracker:
@@ -103,11 +140,15 @@ class JobTracker:
     dead may still be talking.
     """
 
-    def __init__(self, most_actors: int = 1) -> None:
+    def __init__(self, most_actors: int = 1, units: Iterable[int] = ()) -> None:
+        """`units` are those that the run is to do, in the order in which they are handed out."""
         self._most_actors = most_actors
+        self._unbegun = dict.fromkeys(units)
         self._units: dict[int, _UnitState] = {}
         self._done = [0, 0, 0]
         self._finished: set[int] = set()
+        self._paces: deque[float] = deque(maxlen=PACES)
+        self._idle: dict[str, float] = {}
         self._starting = 0
         self._stage = ""
         self._handles: list[Any] = []
@@ -147,56 +188,80 @@ class JobTracker:
         """The weights on `node` are the job's."""
         self._checks[node] = PASSED
 
-    def begin(self, unit: int, rows: int) -> Assignment:
-        """Somebody takes a unit. If it was taken already, the process that had it is dead."""
-        state = self._units.setdefault(unit, _UnitState([Rows(0, rows)]))
-        if state.in_flight is not None:
-            self._note_death(state, state.in_flight)
-        elif state.is_taken:
-            self._deaths += 1
-            state.other_deaths += 1
-        state.is_taken, state.in_flight = True, None
-        state.rows = state.tokens = state.computed_tokens = 0
+    def begin(self, unit: int, rows: int, who: str = MAIN) -> Assignment:
+        """`who` takes a unit. If they had it already, the process that had it is dead."""
+        self._unbegun.pop(unit, None)
+        state = self._units.setdefault(unit, _UnitState(rows, [Rows(0, rows)]))
+        self._end_attempt(state, who)
+        state.attempts[who] = _Attempt(time.monotonic())
         return Assignment(tuple(state.ranges), frozenset(state.quarantined), state.other_deaths)
 
-    def mark(self, unit: int, rows: Rows) -> None:
+    def mark(self, unit: int, rows: Rows, who: str = MAIN) -> None:
         """These rows are about to go into the engine."""
-        state = self._units.get(unit)
-        if state is not None and rows in state.ranges:
-            state.in_flight, state.since = rows, time.monotonic()
+        attempt = self._attempt(unit, who)
+        if attempt is not None:
+            attempt.in_flight, attempt.since = rows, time.monotonic()
 
-    def scored(self, unit: int) -> None:
+    def scored(self, unit: int, who: str = MAIN) -> Verdict:
         """No row of the unit is in the engine any more; what happens now is not the rows' doing."""
-        state = self._units.get(unit)
-        if state is not None:
-            state.in_flight = None
+        attempt = self._attempt(unit, who)
+        if attempt is not None:
+            attempt.in_flight = None
+        return self._verdict(unit)
 
-    def progress(self, unit: int, rows: int, tokens: int, computed_tokens: int) -> bool:
-        """Work done on a unit since the last call. True: stop, the job is over."""
-        state = self._units.get(unit)
-        if state is not None:
-            state.rows += rows
-            state.tokens += tokens
-            state.computed_tokens += computed_tokens
+    def progress(self, unit: int, rows: int, tokens: int, computed_tokens: int, who: str = MAIN) -> Verdict:
+        """Work done on a unit since the last call."""
+        attempt = self._attempt(unit, who)
+        if attempt is not None:
+            attempt.rows += rows
+            attempt.tokens += tokens
+            attempt.computed_tokens += computed_tokens
         self._last_progress = time.monotonic()
-        return self._stopping
+        return self._verdict(unit)
 
-    def finish(self, unit: int, rows: int, tokens: int, computed_tokens: int) -> None:
+    def finish(self, unit: int, rows: int, tokens: int, computed_tokens: int, who: str = MAIN) -> None:
         """A unit's file is written. Said twice, it counts once."""
+        attempt = self._attempt(unit, who)
+        if attempt is not None:
+            self._paces.append((time.monotonic() - attempt.begun) / max(1, rows))
         self._units.pop(unit, None)
+        self._unbegun.pop(unit, None)
         if unit not in self._finished:
             self._finished.add(unit)
             self._done = [a + b for a, b in zip(self._done, (rows, tokens, computed_tokens), strict=True)]
         self._last_progress = time.monotonic()
 
-    def engine_failed(self, unit: int) -> bool:
+    def engine_failed(self, unit: int, who: str = MAIN) -> bool:
         """An engine fails on most of a unit. True: a fresh process may try it again."""
         state = self._units.get(unit)
         if state is None:
             return True
-        state.is_taken, state.in_flight = False, None  # the process goes on purpose: that is no death
+        state.attempts.pop(who, None)  # the process goes on purpose: that is no death
         state.engine_failures += 1
         return state.engine_failures < ENGINE_FAILURES_BEFORE_GIVING_UP
+
+    def back_up(self, who: str) -> int | Literal["wait", "leave"]:
+        """What an actor is to do for which there is no unit left: one that nobody has begun, or that is overdue.
+
+        Those wait in the queue of a busy actor, or are with one that is slow, hangs, or is gone and Ray has not
+        noticed. `wait`: ask again in a second. `leave`: there are more idle actors than units left, let this one go.
+        """
+        now = time.monotonic()
+        self._idle.pop(who, None)
+        for state in self._units.values():
+            self._end_attempt(state, who)
+        if self._stopping:
+            return "leave"
+        if self._unbegun:
+            return self._unbegun.popitem()[0]  # the last one: whoever has them in their queue begins with the first
+        overdue = [unit for unit, state in self._units.items() if self._is_overdue(state, now)]
+        if overdue:
+            return overdue[0]
+        idle = sum(now - seen < PRESENT_SECONDS for seen in self._idle.values())
+        if idle >= len(self._units):
+            return "leave"
+        self._idle[who] = now
+        return "wait"
 
     def fail(self, error: PolarRayError) -> None:
         """An actor cannot go on. The first such error is the job's."""
@@ -209,26 +274,56 @@ class JobTracker:
 
     def snapshot(self) -> Snapshot:
         now = time.monotonic()
-        open_units = self._units.values()
+        furthest = [state.furthest for state in self._units.values()]
         return Snapshot(
             actors=self._actors,
-            rows=self._done[0] + sum(state.rows for state in open_units),
-            tokens=self._done[1] + sum(state.tokens for state in open_units),
-            computed_tokens=self._done[2] + sum(state.computed_tokens for state in open_units),
+            rows=self._done[0] + sum(attempt.rows for attempt in furthest),
+            tokens=self._done[1] + sum(attempt.tokens for attempt in furthest),
+            computed_tokens=self._done[2] + sum(attempt.computed_tokens for attempt in furthest),
             quarantined=self._quarantined,
             deaths=self._deaths,
+            finished=len(self._finished),
             seconds_since_progress=now - self._last_progress,
             in_flight=tuple(
-                Stuck(unit, state.in_flight, now - state.since)
+                Stuck(unit, attempt.in_flight, now - attempt.since)
                 for unit, state in self._units.items()
-                if state.in_flight is not None
+                for attempt in state.attempts.values()
+                if attempt.in_flight is not None
             ),
             stage=self._stage,
             error=self._error,
         )
 
-    def _note_death(self, state: _UnitState, rows: Rows) -> None:
+    def _attempt(self, unit: int, who: str) -> _Attempt | None:
+        state = self._units.get(unit)
+        return None if state is None else state.attempts.get(who)
+
+    def _verdict(self, unit: int) -> Verdict:
+        if self._stopping:
+            return "stop"
+        return "drop" if unit in self._finished else "go_on"
+
+    def _is_overdue(self, state: _UnitState, now: float) -> bool:
+        """Whether nobody works on a unit, or all have done so for longer than it should take."""
+        if not state.attempts:
+            return True
+        if not self._paces:
+            return False
+        latest = max(attempt.begun for attempt in state.attempts.values())
+        return now - latest > max(OVERDUE_SECONDS, OVERDUE * median(self._paces) * state.size)
+
+    def _end_attempt(self, state: _UnitState, who: str) -> None:
+        """If `who` has an attempt at the unit still open, its process has died."""
+        attempt = state.attempts.pop(who, None)
+        if attempt is None:
+            return
         self._deaths += 1
+        if attempt.in_flight is None:
+            state.other_deaths += 1
+        elif attempt.in_flight in state.ranges:  # else another attempt has narrowed them down already
+            self._note_death(state, attempt.in_flight)
+
+    def _note_death(self, state: _UnitState, rows: Rows) -> None:
         deaths = state.deaths[rows] = state.deaths.get(rows, 0) + 1
         is_suspect = deaths >= DEATHS_BEFORE_NARROWING or len(state.ranges) > 1
         if rows.stop - rows.start == 1:

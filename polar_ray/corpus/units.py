@@ -54,11 +54,12 @@ def read_unchanged(
     Raises `InputError`, saying `where` and under which `reader` it happened, if the file is gone or no longer what it
     was when the manifest was made.
     """
+    location = Location(file.url)
     with _reading(where):
-        info = Location(file.url).info()
+        info = location.patiently(location.info)
         if info.is_file and (info.size, info.mtime_ns or 0) != (file.size, file.modified_ns):
             raise InputError(f"{where}: the file changed under the {reader}")
-        table, rows = _read_slice(file.url, file.schema_of_rows, part, columns)
+        table, rows = location.patiently(lambda: _read_slice(location, file.schema_of_rows, part, columns))
     if table.num_rows != part.rows:
         raise InputError(f"{where}: {table.num_rows} rows instead of {part.rows}; the file changed under the {reader}")
     return table, rows
@@ -89,7 +90,7 @@ def read_row(given: str, row: int, columns: ColumnsConfig) -> Triple | TripleErr
         raise InputError(f"{given}: has rows 0 to {contents.slices[-1].stop - 1}; there is no row {row}")
     fields = detect_message_json(read_sample([file], [contents], columns), columns)
     with _reading(given):
-        _, rows = _read_slice(file.url, contents.schema, part, columns)
+        _, rows = _read_slice(Location(file.url), contents.schema, part, columns)
     return parse_rows(rows, fields)[row - part.start]
 
 
@@ -120,13 +121,19 @@ def read_report(output: Location, manifest: Manifest, index: int) -> UnitReport 
     Raises `OutputError` for a file of that name that this job did not write.
     """
     place = output.join(*manifest.part(index).split("/"))
-    if not place.exists():
-        return None
-    try:
+
+    def read_metadata() -> dict[bytes, bytes] | None:
+        if not place.exists():
+            return None
         with place.filesystem.open_input_file(place.path) as stream:
-            metadata = pq.read_schema(stream).metadata or {}
+            return pq.read_schema(stream).metadata or {}
+
+    try:
+        metadata = place.patiently(read_metadata)
     except (OSError, pa.ArrowException) as error:
         raise OutputError(f"{place.url}: cannot be read ({error}); remove it and run the same command again") from None
+    if metadata is None:
+        return None
     if metadata.get(JOB_ID_KEY) != manifest.job_id.encode():
         raise OutputError(f"{place.url}: was not written by this job; remove it and run the same command again")
     return UnitReport.model_validate_json(metadata[REPORT_KEY])
@@ -156,10 +163,9 @@ def _text_or_empty(value: object) -> str | None:
 
 
 def _read_slice(
-    url: str, schema: pa.Schema | None, part: Slice, columns: FieldColumns
+    location: Location, schema: pa.Schema | None, part: Slice, columns: FieldColumns
 ) -> tuple[pa.Table, list[jsonl.Row]]:
     """The rows of a slice, of a JSONL file if it has a `schema` and else of a Parquet file; and the fields of each."""
-    location = Location(url)
     if schema is None:
         table = _read_parquet(location, part)
         return table, [*read_fields(table, columns)]

@@ -124,6 +124,7 @@ def _snapshot(rows: int, usage: Usage) -> Snapshot:
         computed_tokens=usage.computed_tokens,
         quarantined=0,
         deaths=0,
+        finished=0,
         seconds_since_progress=0.0,
         in_flight=(),
         stage="",

@@ -86,6 +86,19 @@ def test_a_killed_worker_is_replaced_within_the_run(corpus, tmp_path):
     assert read_scored(target).equals(expected)
 
 
+def test_a_process_that_hangs_holds_up_nobody(corpus, tmp_path):
+    """Not dead, so that nothing is started anew: the other actor does its units, and the job ends without it."""
+    source, expected = corpus
+    target = tmp_path / "out"
+    job = start_job(source, target, SECONDS_PER_BATCH)
+    wait_for_parts(target, 2)
+    hanging = scoring_processes(job)[0]
+    hanging.suspend()
+    finish(job)
+    assert read_scored(target).equals(expected)
+    assert not hanging.is_running()
+
+
 def test_the_summary_for_machines_stays_one_json_object_when_a_worker_dies(corpus, tmp_path):
     source, _ = corpus
     target = tmp_path / "out"

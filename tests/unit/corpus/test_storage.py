@@ -230,3 +230,74 @@ def test_an_address_that_grants_access_by_itself_is_refused_unseen(query):
     with pytest.raises(InputError, match="credentials") as refusal:
         Location(f"https://bucket.example/x.parquet?{query}")
     assert "abc" not in str(refusal.value)
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(storage, "LONGEST_PAUSE_SECONDS", 0.01)
+
+
+class Moody:
+    """Fails so many times, then gives what it was asked for."""
+
+    def __init__(self, error, times):
+        self.error, self.left, self.asked = error, times, 0
+
+    def __call__(self):
+        self.asked += 1
+        self.left -= 1
+        if self.left >= 0:
+            raise self.error
+        return "content"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "When reading 'x': AWS Error SLOW_DOWN during HeadObject operation: m",
+        "AWS Error UNKNOWN (HTTP status 503) during HeadObject operation: No response body.",
+        "AWS Error NETWORK_CONNECTION during CreateMultipartUpload operation: curlCode: 52",
+        "google::cloud::Status(UNAVAILABLE: )",
+    ],
+)
+@pytest.mark.usefixtures("hasty")
+def test_an_object_store_that_is_out_for_a_while_is_asked_again(message, capsys):
+    moody = Moody(OSError(message), 5)
+    assert Location("memory://corpus").patiently(moody) == "content"
+    assert moody.asked == 6
+    assert "attempt 5 failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("x"),
+        PermissionError("x"),
+        OSError("AWS Error ACCESS_DENIED during HeadObject operation: No response body."),
+        OSError("AWS Error NO_SUCH_BUCKET during CreateMultipartUpload operation: m"),
+        ValueError("no error of a storage"),
+    ],
+)
+@pytest.mark.usefixtures("hasty")
+def test_what_waiting_does_not_mend_is_raised_at_once(error):
+    moody = Moody(error, 1)
+    with pytest.raises(type(error)):
+        Location("memory://corpus").patiently(moody)
+    assert moody.asked == 1
+
+
+@pytest.mark.usefixtures("hasty")
+def test_patience_has_an_end():
+    moody = Moody(OSError("AWS Error SLOW_DOWN"), 10**9)
+    with pytest.raises(OSError, match="SLOW_DOWN"):
+        Location("memory://corpus").patiently(moody)
+    assert moody.asked > 3
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_local_disk_is_not_waited_for(tmp_path):
+    moody = Moody(OSError(28, "No space left on device"), 1)
+    with pytest.raises(OSError, match="No space left"):
+        Location(str(tmp_path)).patiently(moody)
+    assert moody.asked == 1

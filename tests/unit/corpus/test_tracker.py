@@ -4,10 +4,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import polar_ray.corpus.tracker
 from polar_ray.corpus.tracker import (
+    DEATHS_BEFORE_NARROWING,
     ENGINE_FAILURES_BEFORE_GIVING_UP,
     FAILED_STARTS_BEFORE_GIVING_UP,
     NARROWING,
+    OVERDUE_SECONDS,
+    PRESENT_SECONDS,
     JobTracker,
     Rows,
 )
@@ -215,7 +219,7 @@ def test_a_process_that_was_given_up_for_dead_may_go_on_talking():
     tracker.begin(UNIT, 100)
     assert work(tracker, 100)[0].quarantined == frozenset()
     tracker.mark(UNIT, Rows(0, 100))
-    assert tracker.progress(UNIT, 1, 1, 1) is False
+    assert tracker.progress(UNIT, 1, 1, 1) == "drop"
     assert tracker.engine_failed(UNIT)
     assert tracker.snapshot().rows == 100
 
@@ -223,10 +227,117 @@ def test_a_process_that_was_given_up_for_dead_may_go_on_talking():
 def test_a_tracker_that_was_restarted_goes_on_with_units_it_has_never_heard_of():
     tracker = JobTracker()
     tracker.mark(UNIT, Rows(0, 8))
-    assert tracker.progress(UNIT, 5, 5, 5) is False
+    assert tracker.progress(UNIT, 5, 5, 5) == "go_on"
     assert tracker.engine_failed(UNIT)
     tracker.finish(UNIT, 10, 10, 10)
     assert tracker.snapshot().rows == 10
+
+
+class Clock:
+    """In place of the module's clock: it stands until it is moved."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(polar_ray.corpus.tracker, "time", clock)
+    return clock
+
+
+def at_work(clock, units=4, seconds=20.0):
+    """A tracker of units of 100 rows, the first of which was finished in so many seconds."""
+    tracker = JobTracker(2, range(units))
+    tracker.begin(0, 100)
+    clock.now += seconds
+    tracker.finish(0, 100, 1000, 500)
+    return tracker
+
+
+def test_an_idle_actor_is_given_what_nobody_has_begun_from_the_end(clock):
+    tracker = at_work(clock)
+    tracker.begin(1, 100)
+    assert [tracker.back_up("a") for _ in range(3)] == [3, 2, "wait"]
+
+
+def test_a_unit_is_overdue_after_twice_the_time_its_rows_take_and_is_given_out_once_for_each_such_time(clock):
+    tracker = at_work(clock, units=2)
+    tracker.begin(1, 200)
+    clock.now += 79
+    assert tracker.back_up("a") == "wait"
+    clock.now += 2
+    assert tracker.back_up("a") == 1
+    tracker.begin(1, 200, "a")
+    assert tracker.back_up("b") == "wait"
+    clock.now += 81
+    assert tracker.back_up("b") == 1
+
+
+def test_no_unit_is_overdue_before_one_is_done(clock):
+    tracker = JobTracker(2, [0])
+    tracker.begin(0, 100)
+    clock.now += 1e6
+    assert tracker.back_up("a") == "wait"
+
+
+def test_small_units_are_not_overdue_at_once(clock):
+    tracker = at_work(clock, units=2, seconds=0.01)
+    tracker.begin(1, 100)
+    clock.now += OVERDUE_SECONDS - 1
+    assert tracker.back_up("a") == "wait"
+    clock.now += 2
+    assert tracker.back_up("a") == 1
+
+
+def test_more_idle_actors_than_units_may_leave(clock):
+    tracker = at_work(clock, units=3)
+    assert tracker.back_up("a") == 2
+    tracker.begin(1, 100)
+    tracker.begin(2, 100, "a")
+    assert [tracker.back_up(who) for who in "bcd"] == ["wait", "wait", "leave"]
+    clock.now += PRESENT_SECONDS + 1
+    assert tracker.back_up("d") == "wait", "those that are gone take nobody's place"
+
+
+def test_the_first_file_wins_and_the_other_is_told_to_drop_the_unit(clock):
+    tracker = at_work(clock, units=2)
+    tracker.begin(1, 100)
+    clock.now += 100
+    assert tracker.back_up("a") == 1
+    tracker.begin(1, 100, "a")
+    assert tracker.progress(1, 100, 1000, 500, "a") == "go_on"
+    assert tracker.progress(1, 60, 600, 300) == "go_on"
+    assert tracker.snapshot().rows == 200, "a unit's rows are counted once, of whoever is ahead"
+    assert tracker.scored(1, "a") == "go_on"
+    tracker.finish(1, 100, 1000, 500, "a")
+    assert (tracker.progress(1, 10, 100, 50), tracker.scored(1)) == ("drop", "drop")
+    assert (tracker.snapshot().rows, tracker.snapshot().finished) == (200, 2)
+    assert tracker.back_up("a") == "leave"
+
+
+def test_an_actor_that_asks_for_work_has_died_on_what_it_had(clock):
+    tracker = at_work(clock, units=2)
+    tracker.begin(1, 100)
+    clock.now += 100
+    for _ in range(DEATHS_BEFORE_NARROWING):
+        assert tracker.back_up("a") == 1
+        assignment = tracker.begin(1, 100, "a")
+        tracker.mark(1, assignment.ranges[0], "a")
+        clock.now += 100
+    tracker.back_up("a")
+    assert tracker.snapshot().deaths == DEATHS_BEFORE_NARROWING
+    assert len(tracker.begin(1, 100, "a").ranges) == NARROWING
+
+
+def test_a_job_that_stops_lets_idle_actors_go(clock):
+    tracker = at_work(clock)
+    tracker.stop()
+    assert (tracker.back_up("a"), tracker.progress(1, 1, 1, 1)) == ("leave", "stop")
 
 
 def test_the_first_error_is_the_jobs():
@@ -241,10 +352,10 @@ def test_the_first_error_is_the_jobs():
 def test_a_stopped_job_tells_everybody_at_their_next_word():
     tracker = JobTracker()
     tracker.begin(UNIT, 10)
-    assert tracker.progress(UNIT, 1, 1, 1) is False
+    assert tracker.progress(UNIT, 1, 1, 1) == "go_on"
     tracker.stop()
-    assert tracker.progress(UNIT, 1, 1, 1) is True
-    assert tracker.progress(99, 1, 1, 1) is True
+    assert tracker.progress(UNIT, 1, 1, 1) == "stop"
+    assert tracker.progress(99, 1, 1, 1) == "stop"
 
 
 def test_time_without_progress_runs_from_the_last_word(monkeypatch):
