@@ -10,12 +10,13 @@ import base64
 import re
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 import pyarrow as pa
 from pyarrow import fs
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError
 
 from polar_ray.config import ColumnsConfig, Settings
 from polar_ray.corpus.inputs import Contents, Format, InputFile, Slice
@@ -63,8 +64,14 @@ def describe_files(files: Sequence[InputFile], contents: Sequence[Contents]) -> 
     )
 
 
-class Unit(Settings):
-    """Rows `start` to `stop` of one input file; `offset` and `end` are their bytes in a JSONL file."""
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Rows `start` to `stop` of one input file; `offset` and `end` are their bytes in a JSONL file.
+
+    No pydantic model: there may be a million, in the memory of every actor, and each would take ten times as much.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     index: int
     file: int

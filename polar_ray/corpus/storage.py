@@ -15,7 +15,6 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import PurePosixPath
 from typing import TypeVar
 from urllib.parse import quote
 
@@ -127,8 +126,7 @@ class Location:
         return sorted((info for info in files if not self._is_hidden(info.path)), key=lambda info: info.path)
 
     def _is_hidden(self, path: str) -> bool:
-        parts = PurePosixPath(os.path.relpath(path, self.path)).parts
-        return any(part.startswith(("_", ".")) for part in parts)
+        return any(part.startswith(("_", ".")) for part in path.removeprefix(self.path).split("/"))
 
     def read_bytes(self) -> bytes:
         with self.filesystem.open_input_stream(self.path) as stream:

@@ -190,8 +190,8 @@ def small_disk(folder: Path):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def run(seed: int, n_faults: int, rows: int, storage: str, say=lambda line: None) -> dict:
-    """Do it; gives what came of it. Every kind of fault happens before one happens twice."""
+def run(seed: int, n_faults: int, rows: int, storage: str, only: list[str], say=lambda line: None) -> dict:
+    """Do it; gives what came of it. Every kind of fault, or those in `only`, happens before one happens twice."""
     chance = random.Random(seed)
     started = time.monotonic()
     with ExitStack() as stack:
@@ -213,7 +213,9 @@ def run(seed: int, n_faults: int, rows: int, storage: str, say=lambda line: None
         say(f"undisturbed: {len(expected)} rows in {time.monotonic() - started:.0f} s")
         computed_before = world.computed_rows()
         world.runs = 0
-        done = _disturb(world, faults, place("corpus/out"), n_faults, say)
+        kinds = only or [name for name in dir(faults) if not name.startswith("_")]
+        schedule = [name for _ in range(-(-n_faults // len(kinds))) for name in chance.sample(kinds, len(kinds))]
+        done = _disturb(world, faults, place("corpus/out"), schedule[:n_faults], say)
         found = _read(place("corpus/out"))
         computed = world.computed_rows() - computed_before
     return {
@@ -238,13 +240,11 @@ def _undisturbed(world: World, output: str) -> pa.Table:
     return _read(output)
 
 
-def _disturb(world: World, faults: Faults, output: str, n_faults: int, say) -> Counter[str]:
-    kinds = [name for name in dir(faults) if not name.startswith("_")]
-    schedule = [name for _ in range(-(-n_faults // len(kinds))) for name in world.chance.sample(kinds, len(kinds))]
+def _disturb(world: World, faults: Faults, output: str, schedule: list[str], say) -> Counter[str]:
     done: Counter[str] = Counter()
     world.set_pace(0.04)
     world.start(output)
-    for name in schedule[:n_faults]:
+    for name in schedule:
         _wait_for_progress(world, output)
         happened = getattr(faults, name)()
         done[name] += happened
@@ -294,11 +294,15 @@ def main(
     faults: Annotated[int, typer.Option(min=1, help="How many.")] = 20,
     rows: Annotated[int, typer.Option(min=1000, help="Rows of the corpus; more faults take more.")] = 12_000,
     storage: Annotated[str, typer.Option(help="Where the output goes: s3 or disk.")] = "s3",
+    only: Annotated[list[str] | None, typer.Option(help="Of faults, these alone.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
 ) -> None:
     """Drive a corpus job through faults and compare its output with that of an undisturbed run."""
     notes = Console(stderr=True)
-    result = run(seed, faults, rows, storage, lambda line: notes.print(f"{time.strftime('%H:%M:%S')} {line}"))
+    faults = len(only) if only else faults
+    result = run(
+        seed, faults, rows, storage, only or [], lambda line: notes.print(f"{time.strftime('%H:%M:%S')} {line}")
+    )
     text = json.dumps(result, indent=2)
     typer.echo(text)
     if output:
