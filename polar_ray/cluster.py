@@ -84,3 +84,8 @@ def silence() -> Iterator[None]:
 def has_gpu() -> bool:
     """Whether the cluster has a GPU now."""
     return bool(ray.cluster_resources().get("GPU", 0))
+
+
+def has_workers() -> bool:
+    """Whether any node that runs has a CPU or GPU to offer: a cluster that grows on demand may have none yet."""
+    return any(node["Resources"].get(name, 0) for node in ray.nodes() if node["Alive"] for name in ("CPU", "GPU"))

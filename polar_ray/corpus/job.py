@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from pydantic import BaseModel
 
-from polar_ray.cluster import has_gpu, ray_cluster
+from polar_ray.cluster import has_gpu, has_workers, ray_cluster
 from polar_ray.columns import detect_message_json
 from polar_ray.config import EngineConfig, ScoreConfig
 from polar_ray.corpus.actor import BuildScorer, open_scorer
@@ -36,7 +36,7 @@ from polar_ray.corpus.summary import UnitReport, combine
 from polar_ray.corpus.units import read_report, read_sample
 from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.engines.build import refuse_unsupported, resolve_engine
-from polar_ray.errors import JobError, TooManyFailures
+from polar_ray.errors import ConfigError, JobError, TooManyFailures
 from polar_ray.model.locate import absolute_model, is_untrained, locate_model
 from polar_ray.receipts import build_receipt
 
@@ -130,6 +130,7 @@ def _begin(
     tokenizer = PolarTokenizer(folder)
     check_writable(output)
     _connect(cluster, progress)
+    _refuse_to_guess(config)
     engine = resolve_engine(config.engine, folder, has_gpu=has_gpu(), max_tokens=config.limits.max_tokens)
     with progress.stage("reading the weights"):
         receipt = build_receipt(folder, tokenizer, engine, config.limits)
@@ -169,6 +170,19 @@ def _resolved(config: ScoreConfig, engine: EngineConfig) -> ScoreConfig:
 def _connect(cluster: ExitStack, progress: JobProgress) -> None:
     with progress.stage("connecting to Ray"):
         cluster.enter_context(ray_cluster())
+
+
+def _refuse_to_guess(config: ScoreConfig) -> None:
+    """`auto` is what the nodes that run suggest, and without one POLAR-7B would be scored on a CPU, by one actor."""
+    if has_workers() or config.engine.is_elsewhere:
+        return
+    settings = {"engine.device": config.engine.device, "actors": config.actors}
+    left = [name for name, value in settings.items() if value == "auto"]
+    if left:
+        raise ConfigError(
+            f"{' and '.join(left)} = auto: the cluster has no worker node yet, so there is nothing to go by; say which "
+            "device and how many actors it is to grow to, for example engine.device = cuda and actors = 8"
+        )
 
 
 def _unfinished(job: Job) -> list[int]:

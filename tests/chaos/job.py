@@ -37,6 +37,8 @@ PROJECT = Path(__file__).parents[2]
 FILLER_BYTES = 1 << 20
 DISK_MIB = 24
 
+MOST_RUNS = 50
+
 GIVE_UP_S = 300.0
 """For a driver to come to its end once it is left alone."""
 
@@ -64,21 +66,11 @@ class World:
     def start(self, output: str) -> None:
         """Start the job's driver, anew or again."""
         self.runs += 1
-        command = [
-            sys.executable,
-            "-m",
-            "tests.chaos.paced_job",
-            *map(str, (self.source, output, self._pace, self._ledger)),
-        ]
-        environment = {**os.environ, "RAY_ADDRESS": self.cluster.address}
+        command = [sys.executable, "-m", "tests.chaos.paced_job", str(self.source), output]
         self.driver = subprocess.Popen(
-            [*command, str(self._pace), str(self._ledger)],
-            cwd=PROJECT,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+            [*command, str(self._pace), str(self._ledger)], cwd=PROJECT, text=True,
+            env={**os.environ, "RAY_ADDRESS": self.cluster.address}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )  # fmt: skip
 
     def is_done(self, output: str) -> bool:
         """Whether the driver has come to a good end; one that has come to another is started again."""
@@ -89,6 +81,7 @@ class World:
         if self.driver.returncode == 0:
             return True
         self.errors.append((complaints.strip().splitlines() or [f"signal {-self.driver.returncode}"])[-1][:300])
+        assert self.runs < MOST_RUNS, f"the job fails again and again: {self.errors}"
         self.start(output)
         return False
 
