@@ -89,3 +89,9 @@ def has_gpu() -> bool:
 def has_workers() -> bool:
     """Whether any node that runs has a CPU or GPU to offer: a cluster that grows on demand may have none yet."""
     return any(node["Resources"].get(name, 0) for node in ray.nodes() if node["Alive"] for name in ("CPU", "GPU"))
+
+
+def is_of_this_process() -> bool:
+    """Whether this process has started the cluster: it is this machine, and cannot grow."""
+    node = ray._private.worker._global_node  # Ray has no public way to tell a started cluster from one connected to
+    return node is not None and bool(node.is_head())

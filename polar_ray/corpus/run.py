@@ -16,7 +16,8 @@ import ray
 import ray.data
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from polar_ray.config import ScoreConfig, ray_address
+from polar_ray.cluster import is_of_this_process
+from polar_ray.config import ScoreConfig
 from polar_ray.corpus.actor import BACK_UP, ActorTask, BuildScorer, ScoringActor
 from polar_ray.corpus.manifest import Manifest
 from polar_ray.corpus.progress import JobProgress, Show
@@ -88,7 +89,7 @@ def run_units(job: Job, todo: list[int], progress: JobProgress, build_scorer: Bu
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     pool = plan_pool(job.config, len(todo), nodes)
-    if len(nodes) == 1 and ray_address() is None:
+    if is_of_this_process():
         _refuse_what_never_fits(pool, nodes[0])
     threads = job.config.engine.threads or max(1, int(pool.cpus))
     engine = job.config.engine.model_copy(update={"threads": threads})

@@ -17,9 +17,8 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from polar_ray.cluster import has_gpu, ray_cluster
+from polar_ray.cluster import has_gpu, is_of_this_process, ray_cluster
 from polar_ray.columns import detect_message_json
-from polar_ray.config import ray_address
 from polar_ray.config.training import TrainConfig
 from polar_ray.corpus.inputs import examine, input_names, list_inputs
 from polar_ray.corpus.manifest import FOLDER, check_writable
@@ -259,7 +258,7 @@ def _resolve(config: TrainConfig) -> TrainConfig:
         fitting = [size for size in range(1, max(has) + 1) if sum(n // size for n in has) >= config.workers]
         threads = max(fitting, default=1)
     places = sum(has) if device == "cuda" else sum(n // (threads or 1) for n in has)
-    if places < config.workers and ray_address() is None:
+    if places < config.workers and is_of_this_process():
         what = "GPUs" if device == "cuda" else f"places of {threads} CPUs"
         raise ConfigError(f"workers = {config.workers}: this machine has {places} {what}; lower workers or threads")
     return config.model_copy(update={"device": device, "threads": threads})

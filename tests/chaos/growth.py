@@ -31,16 +31,17 @@ from polar_ray.errors import ConfigError
 from tests.chaos.paced_job import open_paced_scorer
 from tests.ray.conftest import make_table
 from tests.serve.caller import Endpoint
-from tests.serve.conftest import free_port, groups, redeploy
+from tests.serve.conftest import free_port, groups
 from tests.serve.test_autoscaling import PACE, QUICK
+from tests.support.endpoint import fake_model, serve_config
 from tests.support.fake_nodes import growing_cluster
 
 MOST = 3
 PATIENCE_S = 120.0
 
 SECONDS_PER_ROW = 0.4
-LONG_ROWS = 64
-"""Of one unit, about half a minute: the others are done long before, and their nodes are idle."""
+LONG_ROWS = 40
+"""Of one unit, a quarter of a minute: the others are done long before, and their nodes are idle."""
 
 SHORT_ROWS = 4
 SHORT_UNITS = 6
@@ -89,7 +90,7 @@ def wait_for(is_true: Callable[[], bool]) -> float:
 
 
 def grow_for_a_job(folder: Path) -> dict[str, Any]:
-    """A job with one unit that takes long: nodes for all its actors at once, and most of them given back before its end."""
+    """A job with one unit that takes long: nodes for all actors at once, and some of them given back before its end."""
     source, pace, ledger = folder / "in", folder / "pace", folder / "ledger"
     source.mkdir()
     ledger.mkdir()
@@ -123,13 +124,17 @@ def grow_for_an_endpoint() -> dict[str, Any]:
     """Replicas from none to as many as the queue asks for and back, and nodes with them."""
     from ray import serve
 
+    from polar_ray.serving.app import build_application
+
     port = free_port()
     serve.start(
         proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port},
         logging_config={"log_level": "ERROR"},
     )  # fmt: skip
     endpoint = Endpoint("fleet", f"http://127.0.0.1:{port}/fleet")
-    redeploy(endpoint, replicas=f"0:{MOST}", replica_cpus=1, autoscaling=QUICK, seconds_per_token=PACE)
+    config = serve_config(replicas=f"0:{MOST}", replica_cpus=1, autoscaling=QUICK, drain_timeout_s=5)
+    application = build_application(config, partial(fake_model, seconds_per_token=PACE))
+    serve.run(application, name=endpoint.name, route_prefix=f"/{endpoint.name}")
     to_none = wait_for(lambda: not endpoint.replicas() and workers() == 0)
     answered = 0
 

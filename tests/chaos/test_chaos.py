@@ -60,3 +60,15 @@ def test_an_endpoint_survives_every_kind_of_fault_and_answers_every_caller(tmp_p
     assert told["rows_wrong"] == 0
     assert set(told["calls_repeated"]) <= {"unavailable"}
     assert set(told["faults"].values()) == {1}
+
+
+def test_a_cluster_without_workers_grows_for_a_job_and_for_an_endpoint_and_is_empty_again(tmp_path):
+    told = result_of("growth", folder=tmp_path)
+    assert told["workers_at_the_start"] == 0
+    job, endpoint = told["job"], told["endpoint"]
+    assert "the cluster has no worker node yet" in job["auto_refused"]
+    assert job["rows"] == job["ok"] > 0
+    assert job["most_workers"] == 3
+    assert endpoint["workers_with_all_replicas"] == 3
+    assert endpoint["rows_answered"] > 0
+    assert endpoint["calls_repeated"] == 0
