@@ -4,9 +4,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CLIENTS := .clients
 ENGINES := .engines
+SEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup clients engines-vllm engines-sglang demo serve test lint types check bench clean
+.PHONY: help setup clients engines-vllm engines-sglang demo serve test chaos lint types check bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -59,6 +60,12 @@ demo: setup ## score the demo's triples with the embedded checkpoint and rank th
 
 test: setup clients ## run every test
 	$(BIN)/python -m pytest
+
+chaos: setup ## drive a job and an endpoint through faults, and count what is lost; SEED=n for another order
+	$(BIN)/python -m tests.chaos.job --seed $(SEED) --faults 20 --rows 20000 --output build/chaos_job.json
+	$(BIN)/python -m tests.chaos.job --seed $(SEED) --faults 9 --rows 12000 --storage disk --output build/chaos_disk.json
+	$(BIN)/python -m tests.chaos.endpoint --seed $(SEED) --faults 18 --output build/chaos_endpoint.json
+	$(BIN)/python -m tests.chaos.growth --output build/growth.json
 
 lint: setup ## check style
 	$(BIN)/ruff check .
