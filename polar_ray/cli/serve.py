@@ -101,6 +101,7 @@ def running(settings: ServeConfig, notes: Console) -> Iterator[ModelReply]:
 
             from polar_ray.cluster import ray_cluster
             from polar_ray.serving.app import build_application
+            from polar_ray.serving.starting import listening
 
             logging.getLogger("ray.serve").setLevel(logging.ERROR)
             stack.enter_context(ray_cluster(OBJECT_STORE_BYTES))
@@ -113,8 +114,17 @@ def running(settings: ServeConfig, notes: Console) -> Iterator[ModelReply]:
                 logging_config={"log_level": "ERROR", "enable_access_log": False},
             )
             stack.callback(_take_down)
-            stage.update(f"loading {settings.model}, {settings.replicas} replica(s)")
-            _deploy(application)
+            loading = f"loading {settings.model}, {settings.replicas} replica(s)"
+            stage.update(loading)
+
+            def show(text: str) -> None:
+                if notes.is_terminal:
+                    stage.update(f"{loading}: {text}")
+                else:
+                    notes.print(text, highlight=False)
+
+            with listening(APPLICATION, show):
+                _deploy(application)
             _wait_for_proxy(settings)
             described = _describe()
         yield described

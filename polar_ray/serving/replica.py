@@ -15,6 +15,7 @@ from polar_ray.serving.api import build_api
 from polar_ray.serving.autoscaling import PENDING_TOKENS
 from polar_ray.serving.fleet import FleetMetrics
 from polar_ray.serving.service import Model, RewardService, freeze_heap
+from polar_ray.serving.starting import telling
 from polar_ray.wire import ModelReply
 
 
@@ -25,7 +26,8 @@ class ScoringReplica:
     def __init__(self, config: ServeConfig, load_model: Callable[[ServeConfig], Model] = Model.load) -> None:
         """Runs in the event loop that requests will run in, of which there are none yet."""
         context = serve.get_replica_context()
-        model = load_model(config)
+        with telling(context.app_name):
+            model = load_model(config)
         replica = context.replica_id.unique_id
         self._service = RewardService(model, config, replica=replica)
         self._fleet = FleetMetrics(context.app_name, replica, self._service.metrics.collect)

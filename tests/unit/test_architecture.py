@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "cli/serve.py": {"ray"},
     "serving/fleet.py": {"ray"},
     "serving/replica.py": {"ray"},
+    "serving/starting.py": {"ray"},
     "training/job.py": {"ray"},
     "training/prepare.py": {"ray"},
     "training/worker.py": {"ray", "torch", "safetensors"},
