@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from polar_ray.evaluation.run import evaluate
     from polar_ray.receipts import Receipt
     from polar_ray.scoring import Scorer
-    from polar_ray.training.job import TrainSummary, train
+    from polar_ray.training.job import train
+    from polar_ray.training.outcome import TrainSummary
 
 _LATE = {
     "AsyncRewardClient": "polar_ray.client",
@@ -33,7 +34,7 @@ _LATE = {
     "Receipt": "polar_ray.receipts",
     "RewardClient": "polar_ray.client",
     "Scorer": "polar_ray.scoring",
-    "TrainSummary": "polar_ray.training.job",
+    "TrainSummary": "polar_ray.training.outcome",
     "evaluate": "polar_ray.evaluation.run",
     "score_parquet": "polar_ray.corpus.job",
     "train": "polar_ray.training.job",

@@ -14,7 +14,7 @@ from polar_ray.cli.options import Assignments, ConfigFile, PromptColumn, Referen
 from polar_ray.config import TrainConfig, load_config
 
 if TYPE_CHECKING:
-    from polar_ray.training.job import TrainSummary
+    from polar_ray.training.outcome import TrainSummary
 
 
 def train(

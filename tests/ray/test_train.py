@@ -21,7 +21,7 @@ from polar_ray.config import EngineConfig, TrainConfig
 from polar_ray.errors import ConfigError, ManifestConflict, OutputError, TooManyFailures, TrainingError
 from polar_ray.model.locate import EMBEDDED_FOLDER
 from polar_ray.scoring import Scorer
-from polar_ray.training import job
+from polar_ray.training import claim
 from polar_ray.training.job import train
 from polar_ray.training.progress import SilentTrainProgress
 from polar_ray.triples import Triple
@@ -239,7 +239,7 @@ def test_an_interrupted_run_is_alone_leaves_nothing_and_goes_on(trained, cluster
 def test_a_run_starts_over_when_asked_and_takes_only_what_was_its_own(
     trained, cluster, base, pairs, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(job, "_lock", lambda output, held: None)  # as for an output in an object store
+    monkeypatch.setattr(claim, "_lock", lambda output, held: None)  # as for an output in an object store
     before, first = trained
     output = tmp_path / "out"
     shutil.copytree(before, output)

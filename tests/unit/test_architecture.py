@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "serving/fleet.py": {"ray"},
     "serving/replica.py": {"ray"},
     "serving/starting.py": {"ray"},
+    "training/fit.py": {"ray"},
     "training/job.py": {"ray"},
     "training/prepare.py": {"ray"},
     "training/worker.py": {"ray", "torch", "safetensors"},
