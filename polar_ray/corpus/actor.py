@@ -92,9 +92,13 @@ class ScoringActor:
         ray.get(tracker.started.remote())
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
-        """A column of unit indices in, a column of their reports (JSON) out."""
+        """A column of unit indices in, a column of their reports (JSON) out, with the address of this node."""
         reports = [self._do_unit(int(unit)).model_dump_json() for unit in batch["unit"]]
-        return {"unit": batch["unit"], "report": np.array(reports, dtype=object)}
+        return {
+            "unit": batch["unit"],
+            "report": np.array(reports, dtype=object),
+            "node": np.array([ray.util.get_node_ip_address()] * len(reports), dtype=object),
+        }
 
     def _check_node(self, manifest: Manifest) -> None:
         """Weights of the same name can differ from node to node; one actor of each compares, the others wait for it."""

@@ -18,11 +18,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from polar_ray.config import ScoreConfig, ray_address
 from polar_ray.corpus.actor import ActorTask, BuildScorer, ScoringActor
 from polar_ray.corpus.manifest import Manifest
+from polar_ray.corpus.metrics import JobMetrics
 from polar_ray.corpus.progress import JobProgress, Show
 from polar_ray.corpus.storage import Location
 from polar_ray.corpus.summary import UnitReport
 from polar_ray.corpus.tracker import JobTracker, Snapshot
 from polar_ray.errors import ConfigError, JobError, JobStalled, PolarRayError, TooManyFailures, unwrap
+from polar_ray.ray_export import exported
 
 CPUS_PER_ENGINE = 8
 """Threads that one CPU engine makes good use of; where there are more cores, more actors are better."""
@@ -73,8 +75,9 @@ def run_units(job: Job, todo: list[int], progress: JobProgress, build_scorer: Bu
     task = ActorTask(job.output, job.config.model_copy(update={"engine": engine}), build_scorer)
     tracker = _start_tracker(pool)
     rows_before = job.manifest.rows - sum(job.manifest.units[index].rows for index in todo)
-    with progress.scoring(job.manifest.rows, rows_before, pool.most) as show:
-        _drive(job, _dataset(todo, task, tracker, pool), tracker, show)
+    metrics = JobMetrics(job.manifest.job_id, job.manifest.receipt.receipt_id, len(todo))
+    with progress.scoring(job.manifest.rows, rows_before, pool.most) as show, exported(metrics.collect):
+        _drive(job, _dataset(todo, task, tracker, pool), tracker, show, metrics)
     return pool.most
 
 
@@ -136,15 +139,19 @@ def _dataset(todo: list[int], task: ActorTask, tracker: Any, pool: Pool) -> ray.
     )
 
 
-def _drive(job: Job, data: ray.data.Dataset, tracker: Any, show: Show) -> None:
+def _drive(job: Job, data: ray.data.Dataset, tracker: Any, show: Show, metrics: JobMetrics) -> None:
     """Consume the data set in a thread, so that this one can watch, draw and be interrupted."""
     arrivals: queue.SimpleQueue[UnitReport | BaseException | None] = queue.SimpleQueue()
 
     def consume() -> None:
         try:
             for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                for report in batch.column("report").to_pylist():
-                    arrivals.put(UnitReport.model_validate_json(report))
+                for node, report in zip(
+                    batch.column("node").to_pylist(), batch.column("report").to_pylist(), strict=True
+                ):
+                    found = UnitReport.model_validate_json(report)
+                    metrics.add(node, found)
+                    arrivals.put(found)
             arrivals.put(None)
         except BaseException as error:  # whatever it is, it is the main thread's to raise
             arrivals.put(error)
@@ -153,7 +160,7 @@ def _drive(job: Job, data: ray.data.Dataset, tracker: Any, show: Show) -> None:
     consumer.start()
     with _interrupts() as interrupted:
         try:
-            _follow(job, arrivals, tracker, show, interrupted)
+            _follow(job, arrivals, tracker, metrics.watching(show), interrupted)
         finally:
             _end(consumer, tracker)
 

@@ -59,10 +59,20 @@ class UnitReport(BaseModel):
     control_token_rows: int = 0
     """Rows whose texts held control tokens, which were removed."""
 
+    removed_control_tokens: int = 0
+
     seconds: float = 0.0
     """Time of actors on units, summed over actors; not the job's wall time."""
 
     engine_seconds: float = 0.0
+    engine_calls: int = 0
+    budget_tokens: int = 0
+    """Computed tokens that the engine calls had room for."""
+
+    flops: float = 0.0
+    peak_flops: float = 0.0
+    """As in `Usage`; both 0 where the peak is not known."""
+
     reward_sum: float = 0.0
     reward_square_sum: float = 0.0
     lowest_reward: float | None = None
@@ -93,6 +103,10 @@ class UnitReport(BaseModel):
         return math.sqrt(max(0.0, self.reward_square_sum / self.ok - (self.reward_sum / self.ok) ** 2))
 
 
+SUMS = tuple(name for name, field in UnitReport.model_fields.items() if field.annotation in (int, float))
+"""Fields that add up as they are."""
+
+
 def report_unit(
     triples: Sequence[Triple | TripleError], scored: Sequence[Scored], usage: Usage, seconds: float
 ) -> UnitReport:
@@ -108,8 +122,13 @@ def report_unit(
         cut_rows=sum(row.cut_tokens > 0 for row in scored),
         cut_tokens=sum(row.cut_tokens for row in scored),
         control_token_rows=sum(row.removed_control_tokens > 0 for row in scored),
+        removed_control_tokens=sum(row.removed_control_tokens for row in scored),
         seconds=seconds,
         engine_seconds=usage.engine_seconds,
+        engine_calls=usage.engine_calls,
+        budget_tokens=usage.budget_tokens,
+        flops=usage.flops,
+        peak_flops=usage.peak_flops,
         reward_sum=math.fsum(rewards),
         reward_square_sum=math.fsum(reward * reward for reward in rewards),
         lowest_reward=min(rewards, default=None),
@@ -125,23 +144,26 @@ def combine(reports: Iterable[UnitReport]) -> UnitReport:
     """The sum of reports; its `finished` is in order of time."""
     total = UnitReport()
     for report in reports:
-        for name in ("rows", "ok", "tokens", "computed_tokens", "duplicates", "cut_rows", "cut_tokens"):
-            setattr(total, name, getattr(total, name) + getattr(report, name))
-        for name in ("control_token_rows", "seconds", "engine_seconds", "reward_sum", "reward_square_sum"):
-            setattr(total, name, getattr(total, name) + getattr(report, name))
-        _add(total.by_status, report.by_status)
-        _add(total.reward_bins, report.reward_bins)
-        _add(total.length_bins, report.length_bins)
-        _add(total.spread.bins, report.spread.bins)
-        total.spread.groups += report.spread.groups
-        total.spread.zero_groups += report.spread.zero_groups
-        total.finished += report.finished
-        lowest = [value for value in (total.lowest_reward, report.lowest_reward) if value is not None]
-        highest = [value for value in (total.highest_reward, report.highest_reward) if value is not None]
-        total.lowest_reward = min(lowest, default=None)
-        total.highest_reward = max(highest, default=None)
+        add_to(total, report)
     total.finished.sort()
     return total
+
+
+def add_to(total: UnitReport, report: UnitReport) -> None:
+    """Make `total` the sum of both; its `finished` is in the order of what was added."""
+    for name in SUMS:
+        setattr(total, name, getattr(total, name) + getattr(report, name))
+    _add(total.by_status, report.by_status)
+    _add(total.reward_bins, report.reward_bins)
+    _add(total.length_bins, report.length_bins)
+    _add(total.spread.bins, report.spread.bins)
+    total.spread.groups += report.spread.groups
+    total.spread.zero_groups += report.spread.zero_groups
+    total.finished += report.finished
+    lowest = [value for value in (total.lowest_reward, report.lowest_reward) if value is not None]
+    highest = [value for value in (total.highest_reward, report.highest_reward) if value is not None]
+    total.lowest_reward = min(lowest, default=None)
+    total.highest_reward = max(highest, default=None)
 
 
 def length_bin(tokens: int) -> int:

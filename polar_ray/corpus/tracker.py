@@ -79,6 +79,8 @@ class Snapshot:
     """What the first engine's start is busy with; empty when it is not known."""
 
     error: PolarRayError | None
+    repeated_units: int = 0
+    """Times that a unit was begun which had been begun before."""
 
 
 @dataclass
@@ -114,6 +116,7 @@ class JobTracker:
         self._actors = 0
         self._deaths = 0
         self._quarantined = 0
+        self._repeated = 0
         self._checks: dict[str, float] = {}
         self._last_progress = time.monotonic()
         self._error: PolarRayError | None = None
@@ -149,6 +152,7 @@ class JobTracker:
 
     def begin(self, unit: int, rows: int) -> Assignment:
         """Somebody takes a unit. If it was taken already, the process that had it is dead."""
+        self._repeated += unit in self._units
         state = self._units.setdefault(unit, _UnitState([Rows(0, rows)]))
         if state.in_flight is not None:
             self._note_death(state, state.in_flight)
@@ -225,6 +229,7 @@ class JobTracker:
             ),
             stage=self._stage,
             error=self._error,
+            repeated_units=self._repeated,
         )
 
     def _note_death(self, state: _UnitState, rows: Rows) -> None:

@@ -116,7 +116,7 @@ class RewardService:
     def __init__(self, model: Model, config: ServeConfig, *, replica: str = "local") -> None:
         self.config = config
         self.model = model
-        self.metrics = Metrics(replica)
+        self.metrics = Metrics(replica, self.receipt_id)
         self._loop = asyncio.get_running_loop()
         self._created = int(time.time())
         self._is_broken = False
@@ -276,8 +276,7 @@ class RewardService:
         except Exception:
             self._raise_if_broken()
             raise
-        used = scorer.usage - before
-        self.metrics.count_engine_call(used.computed_tokens, used.engine_seconds)
+        self.metrics.count_engine_work(scorer.usage - before)
         if any(isinstance(outcome.reward, EngineError) for outcome in outcomes):
             self._raise_if_broken()
         return outcomes

@@ -155,7 +155,7 @@ def test_every_field_of_a_report_is_summed():
     report = report_unit(
         [triple("a"), triple("a"), triple("b")],
         [Scored(1.0, tokens=5, cut_tokens=1, removed_control_tokens=1), Scored(1.0, tokens=5), Scored(None, "x", "x")],
-        Usage(3, 10, 8, 1, 0.5),
+        Usage(3, 10, 8, 1, 0.5, 2, 64, 1e9, 4e9),
         2.0,
     )
     total = combine([report, report])
