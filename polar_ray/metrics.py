@@ -95,6 +95,34 @@ REMOVED_CONTROL_TOKENS = MetricSpec(
 REWARD = MetricSpec(
     "reward", "histogram", "Rewards given: their drift is the first sign of a broken run.", buckets=REWARDS
 )
+GROUPS = MetricSpec(
+    "groups",
+    "counter",
+    "Groups of at least two rewarded rows: neighbours in a request or a unit with one prompt and reference.",
+)
+ZERO_SPREAD_GROUPS = MetricSpec(
+    "zero_spread_groups",
+    "counter",
+    "Groups whose rewards are all equal: a group-relative trainer learns nothing there.",
+)
+ECHO_ROWS = MetricSpec(
+    "echo_rows",
+    "counter",
+    "Rewarded outputs that are the reference (equal), or hold the whole of a long one (contained).",
+    ("kind",),
+)
+REWARD_DRIFT = MetricSpec(
+    "reward_drift",
+    "gauge",
+    "Population stability index of the latest rewards against the first thousand; above 0.25 is a large change.",
+)
+REWARD_LENGTH_CORRELATION = MetricSpec(
+    "reward_length_correlation",
+    "gauge",
+    "Of reward and characters of the output among the latest rows: over all of them (rows), and less the means of "
+    "their groups (groups).",
+    ("scope",),
+)
 RECEIPT_INFO = MetricSpec(
     "receipt_info",
     "gauge",

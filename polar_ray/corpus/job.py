@@ -32,6 +32,7 @@ from polar_ray.corpus.report import ReportFacts, write_report
 from polar_ray.corpus.run import Job, run_units
 from polar_ray.corpus.storage import Location
 from polar_ray.corpus.summary import UnitReport, combine
+from polar_ray.corpus.trend import Part, Trend
 from polar_ray.corpus.units import read_report, read_sample
 from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.engines.build import refuse_unsupported, resolve_engine
@@ -180,7 +181,7 @@ def _conclude(
 ) -> JobSummary:
     """Add up the reports in the output's files, write report.html, and judge the failures."""
     untrained = is_untrained(locate_model(job.config.model, job.config.revision))
-    total = _add_up(job, progress)
+    total, parts = _add_up(job, progress)
     receipt, seconds = job.manifest.receipt, time.time() - started
     report = job.output.join(FOLDER, "report.html")
     if todo or not report.exists():
@@ -195,7 +196,7 @@ def _conclude(
             wall_seconds=seconds,
             actors=actors,
         )
-        report.write_atomically(write_report(total, facts).encode())
+        report.write_atomically(write_report(total, facts, parts).encode())
     if total.failed > job.config.max_failed_fraction * total.rows:
         causes = ", ".join(f"{count} {status}" for status, count in sorted(total.by_status.items()) if status != "ok")
         raise TooManyFailures(
@@ -215,7 +216,10 @@ def _conclude(
     )
 
 
-def _add_up(job: Job, progress: JobProgress) -> UnitReport:
+def _add_up(job: Job, progress: JobProgress) -> tuple[UnitReport, list[Part]]:
+    """The job's account, and its parts in the order of the input."""
+    trend = Trend(job.manifest.rows)
+
     def read(index: int) -> UnitReport:
         report = read_report(job.output, job.manifest, index)
         if report is None:
@@ -227,4 +231,5 @@ def _add_up(job: Job, progress: JobProgress) -> UnitReport:
         progress.counted("adding up", len(job.manifest.units)) as on_unit,
         ThreadPoolExecutor(LISTING_THREADS) as pool,
     ):
-        return combine(pool.map(read, range(len(job.manifest.units))))
+        total = combine(trend.passing(pool.map(read, range(len(job.manifest.units)))))
+    return total, trend.parts

@@ -13,8 +13,9 @@ from prometheus_client.metrics_core import Metric
 
 from polar_ray import metrics as table
 from polar_ray.corpus.progress import Show
-from polar_ray.corpus.summary import REWARD_BIN, UnitReport, add_to
+from polar_ray.corpus.summary import UnitReport, add_to
 from polar_ray.corpus.tracker import Snapshot
+from polar_ray.health import REWARD_BIN, RecentHealth
 from polar_ray.metrics import RECEIPT_ID_DIGITS, MetricSpec
 
 JOB_ID_DIGITS = 12
@@ -29,6 +30,8 @@ SUMS: Mapping[MetricSpec, Callable[[UnitReport], float]] = {
     table.CUT_TOKENS: lambda report: report.cut_tokens,
     table.CONTROL_TOKEN_ROWS: lambda report: report.control_token_rows,
     table.REMOVED_CONTROL_TOKENS: lambda report: report.removed_control_tokens,
+    table.GROUPS: lambda report: report.spread.groups,
+    table.ZERO_SPREAD_GROUPS: lambda report: report.spread.zero_groups,
 }
 """Counters of each node that are one number of a report."""
 
@@ -49,6 +52,7 @@ class JobMetrics:
         self._units_left = units_left
         self._units: dict[str, int] = {}
         self._by_node: dict[str, UnitReport] = {}
+        self._health = RecentHealth()
         self._snapshot: Snapshot | None = None
         self._lock = threading.Lock()
 
@@ -60,6 +64,7 @@ class JobMetrics:
             total.finished.clear()  # a moment for each unit is of no use here, and there can be many
             self._units[node] = self._units.get(node, 0) + 1
             self._units_left -= 1
+            self._health.add(report.reward_bins, report.health)
 
     def watching(self, show: Show) -> Show:
         """`show`, which lets these metrics see what it is shown."""
@@ -80,6 +85,12 @@ class JobMetrics:
             self._gauge(table.RECEIPT_INFO, 1, self._receipt),
             self._gauge(table.UNITS_LEFT, self._units_left),
         ]
+        health = (
+            (table.REWARD_DRIFT, self._health.drift, ()),
+            (table.REWARD_LENGTH_CORRELATION, self._health.length_correlation, ("rows",)),
+            (table.REWARD_LENGTH_CORRELATION, self._health.length_correlation_in_groups, ("groups",)),
+        )
+        families += [self._gauge(spec, value, *labels) for spec, value, labels in health if value is not None]
         if self._snapshot is None:
             return families
         families.append(self._gauge(table.SECONDS_SINCE_PROGRESS, self._snapshot.seconds_since_progress))
@@ -101,6 +112,11 @@ class JobMetrics:
             (node, status): count for node, total in self._by_node.items() for status, count in total.by_status.items()
         }
         families.append(self._counter(table.ROWS, by_status))
+        echoes: dict[tuple[str, ...], float] = {}
+        for node, total in self._by_node.items():
+            echoes[node, "equal"] = total.health.equal_echoes
+            echoes[node, "contained"] = total.health.contained_echoes
+        families.append(self._counter(table.ECHO_ROWS, echoes))
         rewards = HistogramMetricFamily(table.REWARD.full_name, table.REWARD.text, labels=["job_id", "node"])
         for node, total in self._by_node.items():
             rewards.add_metric([self._job, node], _buckets(total.reward_bins), None)

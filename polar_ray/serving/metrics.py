@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter as Counted
 from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import Metric
 
 from polar_ray import metrics as table
+from polar_ray.health import RecentHealth, examine, reward_bin
 from polar_ray.metrics import ENDPOINT_LABELS, RECEIPT_ID_DIGITS, SPECS, MetricSpec
 from polar_ray.scoring import Usage
-from polar_ray.triples import Scored
+from polar_ray.triples import Row, Scored
 
 
 class Metrics:
@@ -20,6 +22,7 @@ class Metrics:
         """`replica` is a label of every series, for a scrape reaches all replicas through one address."""
         self.registry = CollectorRegistry()
         self._replica = replica
+        self._health = RecentHealth()
         specs = [spec for spec in SPECS if "endpoint" in spec.places]
         self._counters = {spec: Counter(*self._signature(spec)) for spec in specs if spec.kind == "counter"}
         self._gauges = {spec: Gauge(*self._signature(spec)) for spec in specs if spec.kind == "gauge"}
@@ -39,7 +42,8 @@ class Metrics:
     def count_dropped(self) -> None:
         self._add(table.DROPPED_REQUESTS, 1)
 
-    def count_rows(self, scored: Sequence[Scored], queue_s: float) -> None:
+    def count_rows(self, rows: Sequence[Row], scored: Sequence[Scored], queue_s: float) -> None:
+        """One request's `rows`, and what became of each."""
         self._observe(table.QUEUE_SECONDS, queue_s)
         for row in scored:
             self._add(table.ROWS, 1, row.status)
@@ -50,6 +54,19 @@ class Metrics:
         self._add(table.CUT_TOKENS, sum(row.cut_tokens for row in scored))
         self._add(table.CONTROL_TOKEN_ROWS, sum(row.removed_control_tokens > 0 for row in scored))
         self._add(table.REMOVED_CONTROL_TOKENS, sum(row.removed_control_tokens for row in scored))
+
+        self._count_health(rows, scored)
+
+    def _count_health(self, rows: Sequence[Row], scored: Sequence[Scored]) -> None:
+        found, spread = examine(rows, scored)
+        self._add(table.GROUPS, spread.groups)
+        self._add(table.ZERO_SPREAD_GROUPS, spread.zero_groups)
+        self._add(table.ECHO_ROWS, found.equal_echoes, "equal")
+        self._add(table.ECHO_ROWS, found.contained_echoes, "contained")
+        self._health.add(Counted(reward_bin(row.reward) for row in scored if row.reward is not None), found)
+        self._set(table.REWARD_DRIFT, self._health.drift)
+        self._set(table.REWARD_LENGTH_CORRELATION, self._health.length_correlation, "rows")
+        self._set(table.REWARD_LENGTH_CORRELATION, self._health.length_correlation_in_groups, "groups")
 
     def count_engine_work(self, used: Usage) -> None:
         """What the scorer did for one batch of callers' rows."""
@@ -71,6 +88,13 @@ class Metrics:
 
     def _add(self, spec: MetricSpec, amount: float, *labels: str) -> None:
         self._counters[spec].labels(self._replica, *labels).inc(amount)
+
+    def _set(self, spec: MetricSpec, value: float | None, *labels: str) -> None:
+        """What is not known has no series."""
+        if value is None:
+            self._gauges[spec].remove(self._replica, *labels)
+        else:
+            self._gauges[spec].labels(self._replica, *labels).set(value)
 
     def _observe(self, spec: MetricSpec, value: float, *labels: str) -> None:
         self._histograms[spec].labels(self._replica, *labels).observe(value)

@@ -160,7 +160,7 @@ class RewardService:
         self._admission.check_deadline(cost, options.priority, deadline - encoded_at)
         computed = await self._batcher.run(computable, priority=options.priority, deadline=deadline)
         scored = _join(rows, encoded, computed)
-        self.metrics.count_rows(scored, computed.queue_s)
+        self.metrics.count_rows(rows, scored, computed.queue_s)
         return Result(
             scored,
             sum(outcome.computed_tokens for outcome in computed.outcomes),

@@ -13,7 +13,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["errors"],
     ["triples", "config"],
-    ["cluster", "columns", "metrics", "planning", "policy_text", "ray_export", "report", "stages", "wire"],
+    ["cluster", "columns", "health", "metrics", "planning", "policy_text", "ray_export", "report", "stages", "wire"],
     ["client"],
     ["encoding", "model"],
     ["engines"],
