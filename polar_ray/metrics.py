@@ -46,7 +46,7 @@ class MetricSpec:
         """The names that a scrape shows. A histogram with bounds below zero has no sum, which would not only grow."""
         endings = {"counter": ["_total"], "gauge": [""], "histogram": ["_bucket", "_count", "_sum"]}[self.kind]
         if self.buckets and self.buckets[0] < 0:
-            endings = ["_bucket"]
+            endings = ["_bucket", "_count"]
         return tuple(self.full_name + ending for ending in endings)
 
 

@@ -120,6 +120,9 @@ class JobMetrics:
         rewards = HistogramMetricFamily(table.REWARD.full_name, table.REWARD.text, labels=["job_id", "node"])
         for node, total in self._by_node.items():
             rewards.add_metric([self._job, node], _buckets(total.reward_bins), None)
+            rewards.add_sample(
+                f"{rewards.name}_count", {"job_id": self._job, "node": node}, sum(total.reward_bins.values())
+            )
         return [*families, rewards]
 
     def _gauge(self, spec: MetricSpec, value: float, *labels: str) -> GaugeMetricFamily:

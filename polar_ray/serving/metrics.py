@@ -9,10 +9,13 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import Metric
 
 from polar_ray import metrics as table
+from polar_ray.errors import EngineError, error_kinds
 from polar_ray.health import RecentHealth, examine, reward_bin
 from polar_ray.metrics import ENDPOINT_LABELS, RECEIPT_ID_DIGITS, SPECS, MetricSpec
 from polar_ray.scoring import Usage
-from polar_ray.triples import Row, Scored
+from polar_ray.triples import STATUS_OK, Row, Scored
+
+ENGINE_FAILURES = tuple(code for code, kind in error_kinds().items() if issubclass(kind, EngineError))
 
 
 class Metrics:
@@ -29,6 +32,11 @@ class Metrics:
         self._histograms = {
             spec: Histogram(*self._signature(spec), buckets=spec.buckets) for spec in specs if spec.kind == "histogram"
         }
+        for spec in self._counters:
+            if not spec.labels and spec not in (table.FLOPS, table.PEAK_FLOPS):
+                self._add(spec, 0)
+        for code in (STATUS_OK, *ENGINE_FAILURES):  # a counter that begins with a failure hides it from increase()
+            self._add(table.ROWS, 0, code)
         self._gauges[table.RECEIPT_INFO].labels(replica, receipt_id[:RECEIPT_ID_DIGITS]).set(1)
 
     def watch_pending(self, priority: str, read: Callable[[], int]) -> None:

@@ -51,7 +51,7 @@ def test_a_scrape_of_ray_has_the_numbers_of_the_summary(tmp_path):
     assert told("units_left") == 0
     assert told("receipt_info", receipt_id=summary.receipt_id[:RECEIPT_ID_DIGITS]) == 1
     rewards = [reward for reward in read_scored(tmp_path / "out")["reward"].to_pylist() if reward is not None]
-    assert told("reward_bucket", le="+Inf") == len(rewards)
+    assert told("reward_bucket", le="+Inf") == told("reward_count") == len(rewards)
     for bound in REWARD.buckets:
         assert told("reward_bucket", le=str(bound)) == sum(reward < bound for reward in rewards)
     assert {sample.labels["node"] for sample in samples if sample.name == "polar_ray_rows_total"}

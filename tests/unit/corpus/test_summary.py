@@ -172,7 +172,8 @@ def test_a_report_of_an_earlier_version_can_be_read():
     old = """{"rows": 3, "ok": 2, "by_status": {"ok": 2, "triple_empty": 1}, "tokens": 50, "computed_tokens": 40,
     "duplicates": 0, "cut_rows": 0, "cut_tokens": 0, "control_token_rows": 0, "seconds": 1.0, "engine_seconds": 0.5,
     "reward_sum": 1.0, "reward_square_sum": 1.0, "lowest_reward": 0.0, "highest_reward": 1.0,
-    "reward_bins": {"0": 1, "4": 1}, "length_bins": {"18": 2}, "spread": {"groups": 1, "zero_groups": 0, "bins": {"4": 1}},
+    "reward_bins": {"0": 1, "4": 1}, "length_bins": {"18": 2},
+    "spread": {"groups": 1, "zero_groups": 0, "bins": {"4": 1}},
     "finished": [[1763870020.0, 3, 50, 40]]}"""
     report = UnitReport.model_validate_json(old)
     assert combine([report, report]).ok == 4
