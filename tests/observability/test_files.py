@@ -6,6 +6,7 @@ import shutil
 import subprocess
 
 import make_dashboard
+import metrics_table
 import pytest
 
 from polar_ray.metrics import SPECS
@@ -67,3 +68,9 @@ def test_panels_do_not_overlap():
 def test_promtool_accepts(command):
     done = subprocess.run(["promtool", *command.split()], cwd=FOLDER, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_table_of_metrics_is_the_codes():
+    document = (FOLDER / "README.md").read_text()
+    assert metrics_table.with_table(document) == document
+    assert all(spec.full_name in document for spec in SPECS)
