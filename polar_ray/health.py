@@ -54,13 +54,14 @@ class Moments(BaseModel):
     yy: float = 0
     xy: float = 0
 
-    def add(self, x: float, y: float) -> None:
-        self.n += 1
-        self.x += x
-        self.y += y
-        self.xx += x * x
-        self.yy += y * y
-        self.xy += x * y
+    def add(self, xs: Sequence[float], ys: Sequence[float]) -> None:
+        """Pairs, of which `xs` and `ys` are the halves."""
+        self.n += len(xs)
+        self.x += sum(xs)
+        self.y += sum(ys)
+        self.xx += sum(x * x for x in xs)
+        self.yy += sum(y * y for y in ys)
+        self.xy += sum(x * y for x, y in zip(xs, ys, strict=True))
 
     def __iadd__(self, other: Moments) -> Moments:
         for name in Moments.model_fields:
@@ -110,6 +111,10 @@ class RewardHealth(BaseModel):
 def examine(rows: Sequence[Row], scored: Sequence[Scored]) -> tuple[RewardHealth, Spread]:
     """What rows and their rewards look like. Only triples with a reward count."""
     health, spread = RewardHealth(), Spread()
+    all_lengths: list[float] = []
+    all_rewards: list[float] = []
+    own_lengths: list[float] = []
+    own_rewards: list[float] = []
     for group in _groups(rows, scored):
         rewards = [reward for _, reward in group]
         outputs = [join_text(triple.output, "output") for triple, _ in group]
@@ -117,19 +122,21 @@ def examine(rows: Sequence[Row], scored: Sequence[Scored]) -> tuple[RewardHealth
         reference = join_text(group[0][0].reference, "reference").strip()
         for output in outputs:
             _note_echo(health, reference, output.strip())
-        for length, reward in zip(lengths, rewards, strict=True):
-            health.length.add(length, reward)
-        health.rows += len(group)
+        all_lengths += lengths
+        all_rewards += rewards
         if len(group) < 2:
             continue
         mean_length, mean_reward = sum(lengths) / len(group), math.fsum(rewards) / len(group)
-        for length, reward in zip(lengths, rewards, strict=True):
-            health.length_in_groups.add(length - mean_length, reward - mean_reward)
+        own_lengths += [length - mean_length for length in lengths]
+        own_rewards += [reward - mean_reward for reward in rewards]
         width = max(rewards) - min(rewards)
         spread.groups += 1
         spread.zero_groups += width == 0
         step = math.floor(width / REWARD_BIN)
         spread.bins[step] = spread.bins.get(step, 0) + 1
+    health.rows = len(all_rewards)
+    health.length.add(all_lengths, all_rewards)
+    health.length_in_groups.add(own_lengths, own_rewards)
     return health, spread
 
 
@@ -222,7 +229,7 @@ def _groups(rows: Sequence[Row], scored: Sequence[Scored]) -> Iterator[list[tupl
         for row, result in zip(rows, scored, strict=True)
         if isinstance(row, Triple) and result.reward is not None
     ]
-    for _, members in groupby(found, key=lambda member: (repr(member[0].prompt), repr(member[0].reference))):
+    for _, members in groupby(found, key=lambda member: (member[0].prompt, member[0].reference)):
         yield list(members)
 
 

@@ -26,7 +26,7 @@ RECEIPT_ID_DIGITS = 12
 """Of a receipt id in a label: enough to tell two apart, and what the report shows."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # each is itself alone, and quick to look up
 class MetricSpec:
     """One metric. `name` is without the prefix and without what Prometheus hangs on: `_total`, `_bucket`."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter as Counted
 from collections.abc import Callable, Sequence
 
@@ -26,6 +27,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._replica = replica
         self._health = RecentHealth()
+        self._lock = threading.Lock()
         specs = [spec for spec in SPECS if "endpoint" in spec.places]
         self._counters = {spec: Counter(*self._signature(spec)) for spec in specs if spec.kind == "counter"}
         self._gauges = {spec: Gauge(*self._signature(spec)) for spec in specs if spec.kind == "gauge"}
@@ -34,9 +36,9 @@ class Metrics:
         }
         for spec in self._counters:
             if not spec.labels and spec not in (table.FLOPS, table.PEAK_FLOPS):
-                self._add(spec, 0)
+                self._counters[spec].labels(replica)
         for code in (STATUS_OK, *ENGINE_FAILURES):  # a counter that begins with a failure hides it from increase()
-            self._add(table.ROWS, 0, code)
+            self._counters[table.ROWS].labels(replica, code)
         self._gauges[table.RECEIPT_INFO].labels(replica, receipt_id[:RECEIPT_ID_DIGITS]).set(1)
 
     def watch_pending(self, priority: str, read: Callable[[], int]) -> None:
@@ -53,10 +55,12 @@ class Metrics:
     def count_rows(self, rows: Sequence[Row], scored: Sequence[Scored], queue_s: float) -> None:
         """One request's `rows`, and what became of each."""
         self._observe(table.QUEUE_SECONDS, queue_s)
+        for status, count in Counted(row.status for row in scored).items():
+            self._add(table.ROWS, count, status)
+        given = self._histograms[table.REWARD].labels(self._replica)
         for row in scored:
-            self._add(table.ROWS, 1, row.status)
             if row.reward is not None:
-                self._observe(table.REWARD, row.reward)
+                given.observe(row.reward)
         self._add(table.TOKENS_OF_ROWS, sum(row.tokens for row in scored))
         self._add(table.CUT_ROWS, sum(row.cut_tokens > 0 for row in scored))
         self._add(table.CUT_TOKENS, sum(row.cut_tokens for row in scored))
@@ -71,10 +75,8 @@ class Metrics:
         self._add(table.ZERO_SPREAD_GROUPS, spread.zero_groups)
         self._add(table.ECHO_ROWS, found.equal_echoes, "equal")
         self._add(table.ECHO_ROWS, found.contained_echoes, "contained")
-        self._health.add(Counted(reward_bin(row.reward) for row in scored if row.reward is not None), found)
-        self._set(table.REWARD_DRIFT, self._health.drift)
-        self._set(table.REWARD_LENGTH_CORRELATION, self._health.length_correlation, "rows")
-        self._set(table.REWARD_LENGTH_CORRELATION, self._health.length_correlation_in_groups, "groups")
+        with self._lock:
+            self._health.add(Counted(reward_bin(row.reward) for row in scored if row.reward is not None), found)
 
     def count_engine_work(self, used: Usage) -> None:
         """What the scorer did for one batch of callers' rows."""
@@ -88,14 +90,19 @@ class Metrics:
             self._add(table.PEAK_FLOPS, used.peak_flops)
 
     def collect(self) -> list[Metric]:
-        """All families with their samples, as they stand; they pickle."""
+        """All families with their samples, as they stand; they pickle. Safe in any thread."""
+        with self._lock:
+            self._set(table.REWARD_DRIFT, self._health.drift)
+            self._set(table.REWARD_LENGTH_CORRELATION, self._health.length_correlation, "rows")
+            self._set(table.REWARD_LENGTH_CORRELATION, self._health.length_correlation_in_groups, "groups")
         return list(self.registry.collect())
 
     def _signature(self, spec: MetricSpec) -> tuple[str, str, tuple[str, ...], str, str, str, CollectorRegistry]:
         return spec.full_name, spec.text, (*ENDPOINT_LABELS, *spec.labels), "", "", "", self.registry
 
     def _add(self, spec: MetricSpec, amount: float, *labels: str) -> None:
-        self._counters[spec].labels(self._replica, *labels).inc(amount)
+        if amount:
+            self._counters[spec].labels(self._replica, *labels).inc(amount)
 
     def _set(self, spec: MetricSpec, value: float | None, *labels: str) -> None:
         """What is not known has no series."""
