@@ -32,6 +32,7 @@ from polar_ray.model.locate import locate_model
 from polar_ray.receipts import build_receipt
 from polar_ray.scoring import CANARY, Scorer, Usage
 from polar_ray.stages import watched
+from polar_ray.tracing import Tracing
 from polar_ray.triples import Scored, Triple
 
 MOST_QUARANTINED_ROWS = 16
@@ -83,6 +84,7 @@ class ScoringActor:
             with watched(lambda text: tracker.stage.remote(text)):
                 self._check_node(manifest)
                 self._scorer = task.build_scorer(task.config)
+            self._tracing = Tracing.from_environment()
         except ProcessCrashed:  # one of the engine's own: as if it was this one, which is started again some times
             os._exit(1)
         except Exception as error:  # whatever it is, the driver is told what, without a remote traceback
@@ -124,7 +126,8 @@ class ScoringActor:
             self._tell_finished(index, committed)
             return committed
         try:
-            return self._score_unit(index)
+            with self._tracing.span("unit", unit=index, job_id=self._manifest.job_id):
+                return self._score_unit(index)
         except ProcessCrashed:  # a process of the engine's: as if it was this one, so that the rows are looked into
             os._exit(1)
         except PolarRayError as error:
@@ -144,14 +147,14 @@ class ScoringActor:
                 f"more than {MOST_QUARANTINED_ROWS} rows of {self._manifest.describe(index)} killed their process; "
                 "that is not the rows: look for a lack of memory, or lower engine.token_budget"
             )
-        table, triples = read_unit(self._manifest, index)
+        table, triples = self._tracing.traced("read", read_unit, self._manifest, index)
         before = self._scorer.usage.copy()
-        scored = self._score_ranges(index, triples, assignment)
+        scored = self._tracing.traced("score", self._score_ranges, index, triples, assignment)
         ray.get(self._tracker.scored.remote(index))
         self._check_engine(index, triples, scored)
         usage = self._scorer.usage - before
         report = report_unit(triples, scored, usage, time.perf_counter() - started)
-        write_unit(self._task.output, self._manifest, index, table, scored, report)
+        self._tracing.traced("write", write_unit, self._task.output, self._manifest, index, table, scored, report)
         self._tell_finished(index, report)
         return report
 

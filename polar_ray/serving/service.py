@@ -33,6 +33,7 @@ from polar_ray.scoring import CANARY, Outcome, Scorer, has_gpu, scored_row
 from polar_ray.serving.admission import Admission
 from polar_ray.serving.batcher import SHUTTING_DOWN, Batcher, Computed
 from polar_ray.serving.metrics import Metrics
+from polar_ray.tracing import Tracing
 from polar_ray.triples import TEXT_FIELDS, Rendered, Row, Scored, Text, TokenIds, Triple
 from polar_ray.wire import (
     CallOptions,
@@ -113,8 +114,12 @@ class RewardService:
     move one by rounding.
     """
 
-    def __init__(self, model: Model, config: ServeConfig, *, replica: str = "local") -> None:
+    def __init__(
+        self, model: Model, config: ServeConfig, *, replica: str = "local", tracing: Tracing | None = None
+    ) -> None:
+        """`tracing` is as the environment asks for, unless given."""
         self.config = config
+        self.tracing = tracing or Tracing.from_environment()
         self.model = model
         self.metrics = Metrics(replica, self.receipt_id)
         self._loop = asyncio.get_running_loop()
