@@ -7,6 +7,7 @@ Off, and at no cost, unless OTEL_EXPORTER_OTLP_ENDPOINT is set in the environmen
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ from polar_ray.errors import ConfigError, PolarRayError
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
-    from opentelemetry.trace import Span, TracerProvider
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace import Span
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -28,11 +30,15 @@ ENDPOINT_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_
 EXPORT_PERIOD_MS = 1000
 """A process that is killed takes no more than a second of spans with it."""
 
+FLUSH_SECONDS = 1.0
+"""That a unit may wait for a collector which does not answer."""
+
 
 class Tracing:
     """Makes spans; without a provider, nothing."""
 
     def __init__(self, provider: TracerProvider | None = None) -> None:
+        self._provider = provider
         self._tracer = None if provider is None else provider.get_tracer("polar_ray")
 
     @classmethod
@@ -74,6 +80,13 @@ class Tracing:
         """What `do` gives, called in a span."""
         with self.span(name):
             return do(*arguments, **named)
+
+    def flush(self) -> None:
+        """Send what there is, from a process that may soon be gone. Waits `FLUSH_SECONDS` at most."""
+        if self._provider is not None:
+            sending = threading.Thread(target=self._provider.force_flush, daemon=True)
+            sending.start()
+            sending.join(FLUSH_SECONDS)
 
     @contextmanager
     def request(self, name: str, headers: Mapping[str, str], arrived: float) -> Iterator[RequestTrace]:

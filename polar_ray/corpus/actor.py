@@ -133,6 +133,8 @@ class ScoringActor:
         except PolarRayError as error:
             ray.get(self._tracker.fail.remote(error))
             raise
+        finally:
+            self._tracing.flush()  # Ray ends an actor that has no unit left without asking
 
     def _score_unit(self, index: int) -> UnitReport:
         started = time.perf_counter()

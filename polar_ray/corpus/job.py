@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
@@ -218,18 +218,25 @@ def _conclude(
 
 def _add_up(job: Job, progress: JobProgress) -> tuple[UnitReport, list[Part]]:
     """The job's account, and its parts in the order of the input."""
-    trend = Trend(job.manifest.rows)
+    trend = Trend([unit.rows for unit in job.manifest.units])
 
-    def read(index: int) -> UnitReport:
+    def read(index: int) -> tuple[int, UnitReport]:
         report = read_report(job.output, job.manifest, index)
         if report is None:
             raise JobError(f"{job.manifest.describe(index)}: its file vanished; run the same command again")
         on_unit()
-        return report
+        return index, report
 
     with (
         progress.counted("adding up", len(job.manifest.units)) as on_unit,
         ThreadPoolExecutor(LISTING_THREADS) as pool,
     ):
-        total = combine(trend.passing(pool.map(read, range(len(job.manifest.units)))))
+        total = combine(_passing(trend, pool.map(read, range(len(job.manifest.units)))))
     return total, trend.parts
+
+
+def _passing(trend: Trend, reports: Iterable[tuple[int, UnitReport]]) -> Iterator[UnitReport]:
+    """The reports, each counted by `trend` as it passes."""
+    for index, report in reports:
+        trend.add(index, report)
+        yield report

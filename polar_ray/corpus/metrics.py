@@ -12,7 +12,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 
 from polar_ray import metrics as table
-from polar_ray.corpus.progress import Show
 from polar_ray.corpus.summary import UnitReport, add_to
 from polar_ray.corpus.tracker import Snapshot
 from polar_ray.health import REWARD_BIN, RecentHealth
@@ -66,14 +65,9 @@ class JobMetrics:
             self._units_left -= 1
             self._health.add(report.reward_bins, report.health)
 
-    def watching(self, show: Show) -> Show:
-        """`show`, which lets these metrics see what it is shown."""
-
-        def show_both(snapshot: Snapshot) -> None:
-            self._snapshot = snapshot
-            show(snapshot)
-
-        return show_both
+    def watch(self, snapshot: Snapshot) -> None:
+        """The state of the run now."""
+        self._snapshot = snapshot
 
     def collect(self) -> list[Metric]:
         """All families with their samples, as they stand."""

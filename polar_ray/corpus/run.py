@@ -139,9 +139,13 @@ def _dataset(todo: list[int], task: ActorTask, tracker: Any, pool: Pool) -> ray.
     )
 
 
+Arrivals = queue.SimpleQueue[tuple[str, UnitReport] | BaseException | None]
+"""Reports with the node that each came from, or how it ended."""
+
+
 def _drive(job: Job, data: ray.data.Dataset, tracker: Any, show: Show, metrics: JobMetrics) -> None:
     """Consume the data set in a thread, so that this one can watch, draw and be interrupted."""
-    arrivals: queue.SimpleQueue[UnitReport | BaseException | None] = queue.SimpleQueue()
+    arrivals: Arrivals = queue.SimpleQueue()
 
     def consume() -> None:
         try:
@@ -149,9 +153,7 @@ def _drive(job: Job, data: ray.data.Dataset, tracker: Any, show: Show, metrics: 
                 for node, report in zip(
                     batch.column("node").to_pylist(), batch.column("report").to_pylist(), strict=True
                 ):
-                    found = UnitReport.model_validate_json(report)
-                    metrics.add(node, found)
-                    arrivals.put(found)
+                    arrivals.put((node, UnitReport.model_validate_json(report)))
             arrivals.put(None)
         except BaseException as error:  # whatever it is, it is the main thread's to raise
             arrivals.put(error)
@@ -160,16 +162,17 @@ def _drive(job: Job, data: ray.data.Dataset, tracker: Any, show: Show, metrics: 
     consumer.start()
     with _interrupts() as interrupted:
         try:
-            _follow(job, arrivals, tracker, metrics.watching(show), interrupted)
+            _follow(job, arrivals, tracker, show, metrics, interrupted)
         finally:
             _end(consumer, tracker)
 
 
 def _follow(
     job: Job,
-    arrivals: queue.SimpleQueue[UnitReport | BaseException | None],
+    arrivals: Arrivals,
     tracker: Any,
     show: Show,
+    metrics: JobMetrics,
     interrupted: threading.Event,
 ) -> None:
     """Until the last unit has arrived, or something says that it never will."""
@@ -179,7 +182,7 @@ def _follow(
         if interrupted.is_set():
             raise KeyboardInterrupt
         if time.monotonic() - watched >= POLL_SECONDS:
-            _watch(job, tracker, show)
+            _watch(job, tracker, show, metrics)
             watched = time.monotonic()
         try:
             arrival = arrivals.get(timeout=POLL_SECONDS)
@@ -189,7 +192,9 @@ def _follow(
             return
         if isinstance(arrival, BaseException):
             raise _typed(arrival, tracker) from arrival
-        rows, failed = rows + arrival.rows, failed + arrival.failed
+        node, report = arrival
+        metrics.add(node, report)
+        rows, failed = rows + report.rows, failed + report.failed
         _stop_a_job_gone_wrong(job, rows, failed)
 
 
@@ -228,8 +233,9 @@ def _end(consumer: threading.Thread, tracker: Any) -> None:
         return  # the cluster itself is gone, and the actors with it
 
 
-def _watch(job: Job, tracker: Any, show: Show) -> None:
+def _watch(job: Job, tracker: Any, show: Show, metrics: JobMetrics) -> None:
     snapshot: Snapshot = ray.get(tracker.snapshot.remote())
+    metrics.watch(snapshot)
     show(snapshot)
     if snapshot.seconds_since_progress <= job.config.no_progress_timeout_s:
         return

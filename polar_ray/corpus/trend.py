@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from polar_ray.corpus.summary import UnitReport
@@ -25,46 +25,42 @@ class Part(NamedTuple):
 
 
 class Trend:
-    """Collects the units of a corpus, in the order of its rows."""
+    """Collects the units of a corpus, in any order, each once."""
 
-    def __init__(self, rows: int) -> None:
-        """`rows` of the whole corpus, of which each part gets about the same."""
-        self._rows_a_part = max(FEWEST_ROWS, -(-rows // MOST_PARTS))
-        self._edges = [0]
-        self._bins: list[dict[int, int]] = [{}]
+    def __init__(self, rows_of_units: Sequence[int]) -> None:
+        """The rows of every unit, in the order of the corpus; parts are of whole units and of about the same size."""
+        rows_a_part = max(FEWEST_ROWS, -(-sum(rows_of_units) // MOST_PARTS))
+        self._part_of_unit: list[int] = []
+        self._parts: list[_Span] = []
+        row = 0
+        for rows in rows_of_units:
+            if not self._parts or row - self._parts[-1].start >= rows_a_part:
+                self._parts.append(_Span(row, row, {}))
+            row += rows
+            self._parts[-1] = self._parts[-1]._replace(stop=row)
+            self._part_of_unit.append(len(self._parts) - 1)
 
-    def passing(self, reports: Iterable[UnitReport]) -> Iterator[UnitReport]:
-        """The same reports, each counted as it passes."""
-        for report in reports:
-            self.add(report)
-            yield report
-
-    def add(self, report: UnitReport) -> None:
-        """The next unit."""
-        if len(self._edges) > 1 and self._edges[-1] - self._edges[-2] >= self._rows_a_part:
-            self._edges.append(self._edges[-1])
-            self._bins.append({})
-        elif len(self._edges) == 1:
-            self._edges.append(0)
-        self._edges[-1] += report.rows
+    def add(self, unit: int, report: UnitReport) -> None:
+        """Unit number `unit` was scored."""
+        bins = self._parts[self._part_of_unit[unit]].bins
         for place, count in report.reward_bins.items():
-            self._bins[-1][place] = self._bins[-1].get(place, 0) + count
+            bins[place] = bins.get(place, 0) + count
 
     @property
     def parts(self) -> list[Part]:
         """In order, and what has too few rewards joined to a neighbour; the first is what the others are held against.
 
-        None where there are too few rewards for one.
+        Empty where there are too few rewards for one.
         """
         told: list[_Span] = []
-        held = _Span(0, 0, {})
-        for stop, bins in zip(self._edges[1:], self._bins, strict=False):
-            held = held.joined(stop, bins)
+        held: _Span | None = None
+        for part in self._parts:
+            held = part if held is None else held.joined(part)
             if held.rewards >= FEWEST_ROWS:
                 told.append(held)
-                held = _Span(stop, stop, {})
-        if told and held.stop > held.start:
-            told[-1] = told[-1].joined(held.stop, held.bins)
+                held = None
+        if told and held is not None:
+            told[-1] = told[-1].joined(held)
         return [
             Part(span.start, span.stop, mean_of_bins(span.bins), drift(told[0].bins, span.bins) or 0.0) for span in told
         ]
@@ -79,7 +75,8 @@ class _Span(NamedTuple):
     def rewards(self) -> int:
         return sum(self.bins.values())
 
-    def joined(self, stop: int, bins: dict[int, int]) -> _Span:
-        """With what follows it, up to `stop`."""
-        both = {place: self.bins.get(place, 0) + bins.get(place, 0) for place in self.bins.keys() | bins.keys()}
-        return _Span(self.start, stop, both)
+    def joined(self, after: _Span) -> _Span:
+        """With what follows it."""
+        places = self.bins.keys() | after.bins.keys()
+        both = {place: self.bins.get(place, 0) + after.bins.get(place, 0) for place in places}
+        return _Span(self.start, after.stop, both)

@@ -20,11 +20,13 @@ def unit(rows, mean=-3.0, seed=0):
     return UnitReport(rows=rows, ok=rows, reward_bins=bins)
 
 
-@given(st.lists(st.integers(1, 900), min_size=1, max_size=30))
-def test_parts_are_the_corpus_in_order_and_few(sizes):
-    trend = Trend(sum(sizes))
-    reports = [UnitReport(rows=size, ok=size, reward_bins={-4: size}) for size in sizes]
-    assert list(trend.passing(reports)) == reports
+@given(st.lists(st.integers(1, 900), min_size=1, max_size=30), st.randoms(use_true_random=False))
+def test_parts_are_the_corpus_in_order_and_few(sizes, shuffler):
+    trend = Trend(sizes)
+    numbers = list(range(len(sizes)))
+    shuffler.shuffle(numbers)
+    for number in numbers:
+        trend.add(number, UnitReport(rows=sizes[number], ok=sizes[number], reward_bins={-4: sizes[number]}))
     parts = trend.parts
     assert len(parts) <= MOST_PARTS
     assert all(part.stop - part.start >= FEWEST_ROWS for part in parts)
@@ -35,11 +37,20 @@ def test_parts_are_the_corpus_in_order_and_few(sizes):
 
 
 def test_a_change_shows_where_it_happened():
-    trend = Trend(10_000)
-    for number in range(10):
-        trend.add(unit(1000, mean=-3.0 if number < 7 else 0.0, seed=number))
-    drifts = [part.drift for part in trend.parts]
-    assert len(drifts) == 10
+    trend = Trend([1000] * 10)
+    for number in reversed(range(10)):
+        trend.add(number, unit(1000, mean=-3.0 if number < 7 else 0.0, seed=number))
+    parts = trend.parts
+    assert [part.start for part in parts] == list(range(0, 10_000, 1000))
+    drifts = [part.drift for part in parts]
     assert drifts[0] == 0
     assert max(drifts[:7]) < 0.1
     assert min(drifts[7:]) > 1
+
+
+def test_rows_without_rewards_are_joined_to_their_neighbours():
+    trend = Trend([600] * 4)
+    for number in (0, 3):
+        trend.add(number, unit(600))
+    trend.add(1, UnitReport(rows=600))
+    assert [(part.start, part.stop) for part in trend.parts] == [(0, 600), (600, 2400)]
