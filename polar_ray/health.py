@@ -30,6 +30,9 @@ RECENT_ROWS = 1000
 
 FEWEST_RECENT_ROWS = 500
 
+NO_VARIANCE = 1e-9
+"""Of rewards: standard deviations of 3e-5 are an engine's rounding."""
+
 
 class Spread(BaseModel):
     """How far apart rewards within groups are. A group: neighbouring rows with one prompt and reference."""
@@ -76,11 +79,13 @@ class Moments(BaseModel):
     @property
     def correlation(self) -> float | None:
         """Pearson's; None where one of the two does not vary."""
-        varies_x, varies_y = self.n * self.xx - self.x**2, self.n * self.yy - self.y**2
-        # what is left of equal numbers' sums is rounding
-        if varies_x <= 1e-9 * self.n * self.xx or varies_y <= 1e-9 * self.n * self.yy:
+        if not self.n:
             return None
-        return max(-1.0, min(1.0, (self.n * self.xy - self.x * self.y) / math.sqrt(varies_x * varies_y)))
+        varies_x, varies_y = _variance(self.n, self.x, self.xx), _variance(self.n, self.y, self.yy)
+        if not varies_x or not varies_y:
+            return None
+        together = self.xy / self.n - self.x / self.n * self.y / self.n
+        return max(-1.0, min(1.0, together / math.sqrt(varies_x * varies_y)))
 
 
 class RewardHealth(BaseModel):
@@ -201,6 +206,12 @@ class RecentHealth:
 def mean_of_bins(reward_bins: Mapping[int, float]) -> float:
     """Of rewards (at least one) taken to lie in the middle of their bins."""
     return sum((place + 0.5) * n for place, n in reward_bins.items()) * REWARD_BIN / sum(reward_bins.values())
+
+
+def _variance(n: float, total: float, squares: float) -> float:
+    """0 where what there is may be rounding, of the sums or of the numbers."""
+    found = squares / n - (total / n) ** 2
+    return found if found > NO_VARIANCE * max(1.0, squares / n) else 0.0
 
 
 def _edges(reference: Mapping[int, float]) -> list[int]:

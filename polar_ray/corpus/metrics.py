@@ -34,7 +34,7 @@ SUMS: Mapping[MetricSpec, Callable[[UnitReport], float]] = {
 }
 """Counters of each node that are one number of a report."""
 
-WORDS_OF_RUN: Mapping[MetricSpec, Callable[[Snapshot], float]] = {
+COUNTS_OF_RUN: Mapping[MetricSpec, Callable[[Snapshot], float]] = {
     table.UNITS_REPEATED: lambda snapshot: snapshot.repeated_units,
     table.PROCESS_DEATHS: lambda snapshot: snapshot.deaths,
     table.QUARANTINED_ROWS: lambda snapshot: snapshot.quarantined,
@@ -88,7 +88,7 @@ class JobMetrics:
         if self._snapshot is None:
             return families
         families.append(self._gauge(table.SECONDS_SINCE_PROGRESS, self._snapshot.seconds_since_progress))
-        for spec, read in WORDS_OF_RUN.items():
+        for spec, read in COUNTS_OF_RUN.items():
             family = CounterMetricFamily(spec.full_name, spec.text, labels=["job_id"])
             family.add_metric([self._job], read(self._snapshot))
             families.append(family)
