@@ -85,9 +85,8 @@ class Metrics:
         self._add(table.BUDGET_TOKENS, used.budget_tokens)
         self._add(table.ENGINE_SECONDS, used.engine_seconds)
         self._observe(table.BATCH_TOKENS, used.computed_tokens)
-        if used.peak_flops:
-            self._add(table.FLOPS, used.flops)
-            self._add(table.PEAK_FLOPS, used.peak_flops)
+        self._add(table.FLOPS, used.flops)
+        self._add(table.PEAK_FLOPS, used.peak_flops)
 
     def collect(self) -> list[Metric]:
         """All families with their samples, as they stand; they pickle. Safe in any thread."""
@@ -101,7 +100,7 @@ class Metrics:
         return spec.full_name, spec.text, (*ENDPOINT_LABELS, *spec.labels), "", "", "", self.registry
 
     def _add(self, spec: MetricSpec, amount: float, *labels: str) -> None:
-        if amount:
+        if amount:  # most are nothing in most requests; and operations, whose peak is not known, have no series
             self._counters[spec].labels(self._replica, *labels).inc(amount)
 
     def _set(self, spec: MetricSpec, value: float | None, *labels: str) -> None:
