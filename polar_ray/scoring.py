@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -14,7 +15,7 @@ from polar_ray.config import EMBEDDED_MODEL, EngineConfig, LimitsConfig
 from polar_ray.encoding.encode import EncodedTriple, Encoder
 from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.engines.base import Engine, HasProcesses
-from polar_ray.engines.build import build_engine, resolve_engine
+from polar_ray.engines.build import HAVE_NO_WEIGHTS, build_engine, resolve_engine
 from polar_ray.errors import (
     EngineError,
     EngineProtocolError,
@@ -23,6 +24,8 @@ from polar_ray.errors import (
     ProcessCrashed,
     TripleError,
 )
+from polar_ray.model.architecture import CheckpointConfig
+from polar_ray.model.cost import flops_of_batches, peak_flops_of
 from polar_ray.model.locate import locate_model
 from polar_ray.planning import Batch, plan
 from polar_ray.triples import STATUS_OK, Row, Scored, Triple
@@ -40,12 +43,41 @@ class Usage:
     computed_tokens: int = 0
     duplicates: int = 0
     engine_seconds: float = 0.0
+    engine_calls: int = 0
+    budget_tokens: int = 0
+    """Computed tokens that the engine calls had room for."""
+
+    flops: float = 0.0
+    """Floating point operations of the computed tokens; 0 where the peak is not known."""
+
+    peak_flops: float = 0.0
+    """Operations that the data sheet promises for the engine's seconds; 0 where it is not known."""
 
     def __sub__(self, earlier: Usage) -> Usage:
         return Usage(*(getattr(self, field.name) - getattr(earlier, field.name) for field in fields(self)))
 
     def copy(self) -> Usage:
         return Usage(*(getattr(self, field.name) for field in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """What a model's floating point operations are counted by, and what its engine's GPUs could do."""
+
+    shape: CheckpointConfig
+    peak_flops_per_s: float
+
+    @classmethod
+    def of(cls, engine: EngineConfig, folder: Path) -> Self | None:
+        """For resolved settings; None unless the engine computes here, on GPUs whose peak in its dtype is known."""
+        if engine.device != "cuda" or engine.is_elsewhere or engine.kind in HAVE_NO_WEIGHTS:
+            return None
+        import torch
+
+        from polar_ray.model.checkpoint import read_config
+
+        peak = peak_flops_of(torch.cuda.get_device_name(), engine.dtype)
+        return None if peak is None else cls(read_config(folder), peak * engine.tensor_parallel_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +97,12 @@ class Scorer:
     Not thread-safe; one per engine.
     """
 
-    def __init__(self, encoder: Encoder, engine: Engine, *, share_prefixes: bool = True) -> None:
+    def __init__(
+        self, encoder: Encoder, engine: Engine, *, share_prefixes: bool = True, arithmetic: Arithmetic | None = None
+    ) -> None:
+        """`arithmetic` is what to count floating point operations by; without it they are not counted."""
         self.encoder = encoder
+        self._arithmetic = arithmetic
         self._engine = engine
         self._share_prefixes = share_prefixes
         self.usage = Usage()
@@ -88,7 +124,8 @@ class Scorer:
         on_gpu = engine.device == "auto" and has_gpu()
         resolved = resolve_engine(engine, folder, has_gpu=on_gpu, max_tokens=limits.max_tokens)
         encoder = Encoder(PolarTokenizer(folder), limits)
-        return cls(encoder, build_engine(resolved, folder), share_prefixes=resolved.share_prefixes)
+        built = build_engine(resolved, folder)
+        return cls(encoder, built, share_prefixes=resolved.share_prefixes, arithmetic=Arithmetic.of(resolved, folder))
 
     def score(self, triples: Sequence[Row], on_batch: Callable[[], None] | None = None) -> list[Scored]:
         """One `Scored` per triple, in order. A row that fails says so on itself and leaves the others alone.
@@ -189,8 +226,14 @@ class Scorer:
     def _call(self, batch: Batch) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
         started = time.perf_counter()
         rewards = self._engine.score(batch)
-        self.usage.engine_seconds += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self.usage.engine_seconds += seconds
+        self.usage.engine_calls += 1
+        self.usage.budget_tokens += self._engine.token_budget
         self.usage.computed_tokens += batch.computed_tokens
+        if self._arithmetic is not None:
+            self.usage.flops += flops_of_batches(self._arithmetic.shape, [batch])
+            self.usage.peak_flops += self._arithmetic.peak_flops_per_s * seconds
         if rewards.shape != (len(batch),):
             raise EngineProtocolError(f"expected {len(batch)} rewards, one per sequence, found shape {rewards.shape}")
         return rewards

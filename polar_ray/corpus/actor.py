@@ -32,6 +32,7 @@ from polar_ray.model.locate import locate_model
 from polar_ray.receipts import build_receipt
 from polar_ray.scoring import CANARY, Scorer, Usage
 from polar_ray.stages import watched
+from polar_ray.tracing import Tracing
 from polar_ray.triples import Scored, Triple
 
 MOST_QUARANTINED_ROWS = 16
@@ -47,8 +48,8 @@ BACK_UP = -1
 
 BACK_UP_POLL_SECONDS = 1.0
 
-REPORTS = pa.schema({"unit": pa.int64(), "report": pa.string()})
-"""What an actor gives back: units and their reports, as JSON."""
+REPORTS = pa.schema({"unit": pa.int64(), "report": pa.string(), "node": pa.string()})
+"""What an actor gives back: units, their reports as JSON, and the address of its node."""
 
 BuildScorer = Callable[[ScoreConfig], Scorer]
 
@@ -81,6 +82,7 @@ class ScoringActor:
     def __init__(self, task: ActorTask, tracker: Tracker) -> None:
         self._task = task
         self._tracker = tracker
+        self._node = ray.util.get_node_ip_address()
         try:
             if not ray.get(tracker.starting.remote(ray.get_runtime_context().current_actor)):
                 raise EngineStartError("the processes of several actors died while loading the model: out of memory?")
@@ -91,6 +93,7 @@ class ScoringActor:
             with watched(lambda text: tracker.stage.remote(text)):
                 self._check_node(manifest)
                 self._scorer = task.build_scorer(task.config)
+            self._tracing = Tracing.from_environment()
         except ProcessCrashed:  # one of the engine's own: as if it was this one, which is started again some times
             os._exit(1)
         except Exception as error:  # whatever it is, the driver is told what, without a remote traceback
@@ -106,14 +109,18 @@ class ScoringActor:
 
     def _do(self, unit: int) -> Iterator[dict[str, Any]]:
         if unit != BACK_UP:
-            yield {"unit": unit, "report": self._do_unit(unit, MAIN).model_dump_json()}
+            yield self._told(unit, MAIN)
             return
         who = ray.get_runtime_context().get_actor_id()
         while (found := ray.get(self._tracker.back_up.remote(who))) != "leave":
             if found == "wait":
                 time.sleep(BACK_UP_POLL_SECONDS)
             else:
-                yield {"unit": found, "report": self._do_unit(found, who).model_dump_json()}
+                yield self._told(found, who)
+
+    def _told(self, unit: int, who: str) -> dict[str, Any]:
+        """A unit's row of `REPORTS`, the unit done."""
+        return {"unit": unit, "report": self._do_unit(unit, who).model_dump_json(), "node": self._node}
 
     def _check_node(self, manifest: Manifest) -> None:
         """Weights of the same name can differ from node to node; one actor of each compares, the others wait for it."""
@@ -138,7 +145,8 @@ class ScoringActor:
         try:
             committed = read_report(self._task.output, self._manifest, index)
             if committed is None:
-                return self._score_unit(index, who)
+                with self._tracing.span("unit", unit=index, job_id=self._manifest.job_id):
+                    return self._score_unit(index, who)
             self._tell_finished(index, who, committed)  # by another actor, or by this task's first try
         except _DoneElsewhere:
             return self._report_of(index)
@@ -147,6 +155,8 @@ class ScoringActor:
         except PolarRayError as error:
             ray.get(self._tracker.fail.remote(error))
             raise
+        finally:
+            self._tracing.flush()  # Ray ends an actor that has no unit left without asking
         return committed
 
     def _report_of(self, index: int) -> UnitReport:
@@ -168,14 +178,14 @@ class ScoringActor:
                 f"more than {MOST_QUARANTINED_ROWS} rows of {self._manifest.describe(index)} killed their process; "
                 "that is not the rows: look for a lack of memory, or lower engine.token_budget"
             )
-        table, triples = read_unit(self._manifest, index)
+        table, triples = self._tracing.traced("read", read_unit, self._manifest, index)
         before = self._scorer.usage.copy()
-        scored = self._score_ranges(index, who, triples, assignment)
+        scored = self._tracing.traced("score", self._score_ranges, index, who, triples, assignment)
         _obey(ray.get(self._tracker.scored.remote(index, who)))
         self._check_engine(index, who, triples, scored)
         usage = self._scorer.usage - before
         report = report_unit(triples, scored, usage, time.perf_counter() - started)
-        write_unit(self._task.output, self._manifest, index, table, scored, report)
+        self._tracing.traced("write", write_unit, self._task.output, self._manifest, index, table, scored, report)
         self._tell_finished(index, who, report)
         return report
 

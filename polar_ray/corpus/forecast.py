@@ -24,21 +24,10 @@ from polar_ray.engines.build import DEFAULT_TOKEN_BUDGET
 from polar_ray.errors import ConfigError, TripleError
 from polar_ray.model.architecture import CheckpointConfig
 from polar_ray.model.checkpoint import read_config
-from polar_ray.model.cost import flops_of_batches
+from polar_ray.model.cost import PEAK_FLOPS, flops_of_batches
 from polar_ray.model.locate import locate_model
 from polar_ray.model.rope import Rope
 from polar_ray.planning import plan
-
-PEAK_FLOPS = {
-    "a100": 312e12,
-    "b200": 2250e12,
-    "h100": 989e12,
-    "h20": 148e12,
-    "h200": 989e12,
-    "l4": 121e12,
-    "l40s": 362e12,
-}
-"""Dense bfloat16 operations per second of the makers' data sheets (SXM variants), without sparsity."""
 
 DEFAULT_MFU = 0.4
 """Share of the peak that arithmetic reaches in prefill: SGLang's published figures come to 0.42. Measure your own."""

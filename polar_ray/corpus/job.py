@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from pydantic import BaseModel
 from polar_ray.cluster import has_gpu, has_workers, ray_cluster
 from polar_ray.columns import detect_message_json
 from polar_ray.config import EngineConfig, ScoreConfig
+from polar_ray.corpus.account import Account
 from polar_ray.corpus.actor import BuildScorer, open_scorer
 from polar_ray.corpus.inputs import LISTING_THREADS, InputFile, examine, input_names, list_inputs
 from polar_ray.corpus.manifest import (
@@ -30,9 +30,9 @@ from polar_ray.corpus.manifest import (
 )
 from polar_ray.corpus.progress import JobProgress, SilentProgress
 from polar_ray.corpus.report import ReportFacts, write_report
-from polar_ray.corpus.run import Account, Job, run_units
+from polar_ray.corpus.run import Job, run_units
 from polar_ray.corpus.storage import Location
-from polar_ray.corpus.summary import UnitReport, combine
+from polar_ray.corpus.summary import UnitReport
 from polar_ray.corpus.units import read_report, read_sample
 from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.engines.build import refuse_unsupported, resolve_engine
@@ -102,12 +102,14 @@ def score_parquet(
         else:
             job = _resume(place, earlier, files, config, progress)
         todo = _unfinished(job)
-        account = Account()
+        account = Account([unit.rows for unit in job.manifest.units])
+        actors = 0
         if todo and resumed:  # a new job has needed the cluster already, to know its devices
             _connect(cluster, progress)
         if todo:
-            account = run_units(job, todo, progress, build_scorer or open_scorer)
-    return _conclude(job, names, started, todo, account, progress)
+            actors = run_units(job, todo, account, progress, build_scorer or open_scorer)
+    _add_up(job, account, progress)
+    return _conclude(job, names, started, todo, account, actors)
 
 
 def _begin(
@@ -176,12 +178,15 @@ def _refuse_to_guess(config: ScoreConfig) -> None:
     """`auto` is what the nodes that run suggest, and without one POLAR-7B would be scored on a CPU, by one actor."""
     if has_workers() or config.engine.is_elsewhere:
         return
-    settings = {"engine.device": config.engine.device, "actors": config.actors}
+    engine = config.engine
+    settings = {"engine.device": engine.device, "actors": config.actors}
+    if engine.device != "cuda":
+        settings["engine.threads"] = engine.threads or "auto"
     left = [name for name, value in settings.items() if value == "auto"]
     if left:
         raise ConfigError(
-            f"{' and '.join(left)} = auto: the cluster has no worker node yet, so there is nothing to go by; say which "
-            "device and how many actors it is to grow to, for example engine.device = cuda and actors = 8"
+            f"{' and '.join(left)}: the cluster has no worker node yet, so nothing to go by; say what it is to "
+            "grow to, for example engine.device = cuda and actors = 8"
         )
 
 
@@ -190,12 +195,10 @@ def _unfinished(job: Job) -> list[int]:
     return [unit.index for unit in job.manifest.units if job.manifest.part(unit.index) not in done]
 
 
-def _conclude(
-    job: Job, names: list[str], started: float, todo: list[int], account: Account, progress: JobProgress
-) -> JobSummary:
-    """Add up the reports of all units, write report.html, and judge the failures."""
+def _conclude(job: Job, names: list[str], started: float, todo: list[int], account: Account, actors: int) -> JobSummary:
+    """Write report.html, and judge the failures."""
     untrained = is_untrained(locate_model(job.config.model, job.config.revision))
-    total = _add_up(job, account, progress)
+    total = account.total
     receipt, seconds = job.manifest.receipt, time.time() - started
     report = job.output.join(FOLDER, "report.html")
     if todo or not report.exists():
@@ -208,9 +211,9 @@ def _conclude(
             started=started,
             finished=time.time(),
             wall_seconds=seconds,
-            actors=account.actors,
+            actors=actors,
         )
-        report.write_atomically(write_report(total, facts).encode())
+        report.write_atomically(write_report(total, facts, account.parts).encode())
     if total.failed > job.config.max_failed_fraction * total.rows:
         causes = ", ".join(f"{count} {status}" for status, count in sorted(total.by_status.items()) if status != "ok")
         raise TooManyFailures(
@@ -230,16 +233,18 @@ def _conclude(
     )
 
 
-def _add_up(job: Job, account: Account, progress: JobProgress) -> UnitReport:
-    """The job's account: this run's, and the reports in the files that it did not write or hear of."""
-    others = [unit.index for unit in job.manifest.units if unit.index not in account.units]
+def _add_up(job: Job, account: Account, progress: JobProgress) -> None:
+    """Complete the account by the reports in files that this run did not write, or did not hear of."""
 
-    def read(index: int) -> UnitReport:
+    def read(index: int) -> tuple[int, UnitReport]:
         report = read_report(job.output, job.manifest, index)
         if report is None:
             raise JobError(f"{job.manifest.describe(index)}: its file vanished; run the same command again")
         on_unit()
-        return report
+        return index, report
 
-    with progress.counted("adding up", len(others)) as on_unit, ThreadPoolExecutor(LISTING_THREADS) as pool:
-        return combine(itertools.chain([account.total], pool.map(read, others)))
+    missing = account.missing
+    with progress.counted("adding up", len(missing)) as on_unit, ThreadPoolExecutor(LISTING_THREADS) as pool:
+        for index, report in pool.map(read, missing):
+            account.add(index, report)
+    account.total.finished.sort()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from polar_ray.corpus.health_figures import draw_drift, shares_of_health, words_of_length
 from polar_ray.corpus.history import Trace, trace
 from polar_ray.corpus.rates import Area, draw_rates
-from polar_ray.corpus.summary import LENGTH_BINS_PER_OCTAVE, REWARD_BIN, UnitReport
+from polar_ray.corpus.summary import LENGTH_BINS_PER_OCTAVE, UnitReport
+from polar_ray.corpus.trend import Part
+from polar_ray.health import REWARD_BIN
 from polar_ray.report.page import Figure, Share, Tile, render_page
 from polar_ray.report.plots import Bars, draw_histogram, gather, octave_ticks, quantile, value_ticks
 from polar_ray.report.wording import clock, decimal, duration, meanings, number, percent, plural
@@ -36,7 +39,7 @@ class ReportFacts:
     actors: int
 
 
-def write_report(total: UnitReport, facts: ReportFacts) -> str:
+def write_report(total: UnitReport, facts: ReportFacts, parts: Sequence[Part] = ()) -> str:
     """The page, as HTML that is well-formed XML too. Changes nothing and reads nothing but its template."""
     history = trace(total.finished, total.seconds)
     return render_page(
@@ -49,6 +52,9 @@ def write_report(total: UnitReport, facts: ReportFacts) -> str:
         speeds=_speeds(history),
         work=_work(total),
         cuts=_cuts(total),
+        drift=draw_drift(parts),
+        signs=shares_of_health(total),
+        lengths=words_of_length(total),
         failures=_failures(total),
         counts=_counts(total, facts),
     )
@@ -216,6 +222,8 @@ def _counts(total: UnitReport, facts: ReportFacts) -> dict[str, str]:
         **{f"rows, {code}": f"{count:,}" for code, count in sorted(total.by_status.items())},
         "rows cut": f"{total.cut_rows:,}",
         "rows with control tokens, removed": f"{total.control_token_rows:,}",
+        "outputs that are the reference": f"{total.health.equal_echoes:,}",
+        "outputs that hold a long reference": f"{total.health.contained_echoes:,}",
         "duplicates": f"{total.duplicates:,}",
         "tokens": f"{total.tokens:,}",
         "tokens computed": f"{total.computed_tokens:,}",

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -18,13 +18,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from polar_ray.cluster import is_of_this_process
 from polar_ray.config import ScoreConfig
+from polar_ray.corpus.account import Account
 from polar_ray.corpus.actor import BACK_UP, ActorTask, BuildScorer, ScoringActor
 from polar_ray.corpus.manifest import Manifest
+from polar_ray.corpus.metrics import JobMetrics
 from polar_ray.corpus.progress import JobProgress, Show
 from polar_ray.corpus.storage import Location
-from polar_ray.corpus.summary import UnitReport, combine
+from polar_ray.corpus.summary import UnitReport
 from polar_ray.corpus.tracker import JobTracker, Snapshot
 from polar_ray.errors import ConfigError, JobError, JobStalled, PolarRayError, TooManyFailures, unwrap
+from polar_ray.ray_export import exported
 
 CPUS_PER_ENGINE = 8
 """Threads that one CPU engine makes good use of; where there are more cores, more actors are better."""
@@ -61,29 +64,10 @@ class Pool:
     gpus: int
 
 
-@dataclass
-class Account:
-    """What a run did: the sum of its units' reports, and which units these are.
+def run_units(job: Job, todo: list[int], account: Account, progress: JobProgress, build_scorer: BuildScorer) -> int:
+    """Score the units in `todo` and write their files; gives the number of actors that worked on them.
 
-    Summed up as reports arrive, so that a driver's memory does not grow with the units of its job.
-    """
-
-    actors: int = 0
-    """That worked at most."""
-
-    total: UnitReport = field(default_factory=UnitReport)
-    units: set[int] = field(default_factory=set)
-    """May lack some whose files are written: their actor was given up before it had told of them."""
-
-    def add(self, unit: int, report: UnitReport) -> None:
-        """Said twice, by an actor and by the one that backed it up, a unit counts once."""
-        if unit not in self.units:
-            self.units.add(unit)
-            self.total = combine([self.total, report])
-
-
-def run_units(job: Job, todo: list[int], progress: JobProgress, build_scorer: BuildScorer) -> Account:
-    """Score the units in `todo` and write their files.
+    Reports go to `account`. It may lack some in the end: their actor was given up before it had told of them.
 
     Raises what the job's contract says, typed, with Ray's wrapping removed.
     """
@@ -95,11 +79,12 @@ def run_units(job: Job, todo: list[int], progress: JobProgress, build_scorer: Bu
     engine = job.config.engine.model_copy(update={"threads": threads})
     task = ActorTask(job.output, job.config.model_copy(update={"engine": engine}), build_scorer)
     tracker = _start_tracker(pool, todo)
-    account = Account(pool.most)
     rows_before = job.manifest.rows - sum(job.manifest.units[index].rows for index in todo)
-    with progress.scoring(job.manifest.rows, rows_before, pool.most) as show:
-        _drive(_Run(job, todo, account, tracker, show), _dataset(todo, task, tracker, pool))
-    return account
+    metrics = JobMetrics(job.manifest.job_id, job.manifest.receipt.receipt_id, len(todo))
+    with progress.scoring(job.manifest.rows, rows_before, pool.most) as show, exported(metrics.collect):
+        run = _Run(job, todo, account, tracker, show, metrics)
+        _drive(run, _dataset(todo, task, tracker, pool))
+    return pool.most
 
 
 def _start_tracker(pool: Pool, todo: list[int]) -> Any:
@@ -164,7 +149,8 @@ def _dataset(todo: list[int], task: ActorTask, tracker: Any, pool: Pool) -> ray.
     )
 
 
-Arrivals = queue.SimpleQueue[tuple[int, UnitReport] | BaseException | None]
+Arrivals = queue.SimpleQueue[tuple[str, int, UnitReport] | BaseException | None]
+"""Units and their reports with the node that each came from, or how it ended."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +162,7 @@ class _Run:
     account: Account
     tracker: Any
     show: Show
+    metrics: JobMetrics
 
 
 def _drive(run: _Run, data: ray.data.Dataset) -> None:
@@ -186,7 +173,7 @@ def _drive(run: _Run, data: ray.data.Dataset) -> None:
         try:
             for batch in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 for row in batch.to_pylist():
-                    arrivals.put((row["unit"], UnitReport.model_validate_json(row["report"])))
+                    arrivals.put((row["node"], row["unit"], UnitReport.model_validate_json(row["report"])))
             arrivals.put(None)
         except BaseException as error:  # whatever it is, it is the main thread's to raise
             arrivals.put(error)
@@ -220,7 +207,9 @@ def _follow(run: _Run, arrivals: Arrivals, interrupted: threading.Event) -> None
             return
         if isinstance(arrival, BaseException):
             raise _typed(arrival, run.tracker) from arrival
-        run.account.add(*arrival)
+        node, unit, report = arrival
+        if run.account.add(unit, report):
+            run.metrics.add(node, report)
         _stop_a_job_gone_wrong(run.job, run.account.total)
 
 
@@ -261,6 +250,7 @@ def _end(consumer: threading.Thread, tracker: Any) -> None:
 
 def _watch(run: _Run) -> Snapshot:
     snapshot: Snapshot = ray.get(run.tracker.snapshot.remote())
+    run.metrics.watch(snapshot)
     run.show(snapshot)
     if snapshot.seconds_since_progress <= run.job.config.no_progress_timeout_s:
         return snapshot

@@ -10,35 +10,19 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
 from typing import TypeVar
 
 from pydantic import BaseModel, Field
 
 from polar_ray.errors import TripleError
+from polar_ray.health import RewardHealth, Spread, examine, reward_bin
 from polar_ray.scoring import Usage
 from polar_ray.triples import Scored, Triple
 
 Key = TypeVar("Key")
 
-REWARD_BIN = 0.25
-"""Width of a histogram bin in reward units; published POLAR-7B rewards run from about -12 to 1."""
-
 LENGTH_BINS_PER_OCTAVE = 4
 """Bins of the length histogram for each doubling of tokens."""
-
-
-class Spread(BaseModel):
-    """How far apart rewards within groups are. A group: neighbouring rows of a unit with one prompt and reference."""
-
-    groups: int = 0
-    """Groups of at least two rewarded rows."""
-
-    zero_groups: int = 0
-    """Groups whose rewards are all equal; to a group-relative trainer they teach nothing."""
-
-    bins: dict[int, int] = Field(default_factory=dict)
-    """Highest less lowest reward of a group, in steps of `REWARD_BIN`: bin to groups."""
 
 
 class UnitReport(BaseModel):
@@ -59,10 +43,20 @@ class UnitReport(BaseModel):
     control_token_rows: int = 0
     """Rows whose texts held control tokens, which were removed."""
 
+    removed_control_tokens: int = 0
+
     seconds: float = 0.0
     """Time of actors on units, summed over actors; not the job's wall time."""
 
     engine_seconds: float = 0.0
+    engine_calls: int = 0
+    budget_tokens: int = 0
+    """Computed tokens that the engine calls had room for."""
+
+    flops: float = 0.0
+    peak_flops: float = 0.0
+    """As in `Usage`; both 0 where the peak is not known."""
+
     reward_sum: float = 0.0
     reward_square_sum: float = 0.0
     lowest_reward: float | None = None
@@ -74,6 +68,9 @@ class UnitReport(BaseModel):
     """Bin `b` holds rows of `2 ** (b / LENGTH_BINS_PER_OCTAVE)` tokens to the next."""
 
     spread: Spread = Field(default_factory=Spread)
+    health: RewardHealth = Field(default_factory=RewardHealth)
+    """Of units that a version without it scored: nothing."""
+
     finished: list[tuple[float, int, int, int]] = Field(default_factory=list)
     """(Unix time, rows, tokens, computed tokens) of each unit, by when it was finished."""
 
@@ -93,11 +90,16 @@ class UnitReport(BaseModel):
         return math.sqrt(max(0.0, self.reward_square_sum / self.ok - (self.reward_sum / self.ok) ** 2))
 
 
+SUMS = tuple(name for name, field in UnitReport.model_fields.items() if field.annotation in (int, float))
+"""Fields that add up as they are."""
+
+
 def report_unit(
     triples: Sequence[Triple | TripleError], scored: Sequence[Scored], usage: Usage, seconds: float
 ) -> UnitReport:
     """The account of one unit; `usage` is the scorer's work on it."""
     rewards = [row.reward for row in scored if row.reward is not None]
+    health, spread = examine(triples, scored)
     return UnitReport(
         rows=len(scored),
         ok=len(rewards),
@@ -108,15 +110,21 @@ def report_unit(
         cut_rows=sum(row.cut_tokens > 0 for row in scored),
         cut_tokens=sum(row.cut_tokens for row in scored),
         control_token_rows=sum(row.removed_control_tokens > 0 for row in scored),
+        removed_control_tokens=sum(row.removed_control_tokens for row in scored),
         seconds=seconds,
         engine_seconds=usage.engine_seconds,
+        engine_calls=usage.engine_calls,
+        budget_tokens=usage.budget_tokens,
+        flops=usage.flops,
+        peak_flops=usage.peak_flops,
         reward_sum=math.fsum(rewards),
         reward_square_sum=math.fsum(reward * reward for reward in rewards),
         lowest_reward=min(rewards, default=None),
         highest_reward=max(rewards, default=None),
-        reward_bins=dict(Counter(math.floor(reward / REWARD_BIN) for reward in rewards)),
+        reward_bins=dict(Counter(map(reward_bin, rewards))),
         length_bins=dict(Counter(length_bin(row.tokens) for row in scored if row.tokens)),
-        spread=_spread(triples, scored),
+        spread=spread,
+        health=health,
         finished=[(time.time(), len(scored), sum(row.tokens for row in scored), usage.computed_tokens)],
     )
 
@@ -125,23 +133,27 @@ def combine(reports: Iterable[UnitReport]) -> UnitReport:
     """The sum of reports; its `finished` is in order of time."""
     total = UnitReport()
     for report in reports:
-        for name in ("rows", "ok", "tokens", "computed_tokens", "duplicates", "cut_rows", "cut_tokens"):
-            setattr(total, name, getattr(total, name) + getattr(report, name))
-        for name in ("control_token_rows", "seconds", "engine_seconds", "reward_sum", "reward_square_sum"):
-            setattr(total, name, getattr(total, name) + getattr(report, name))
-        _add(total.by_status, report.by_status)
-        _add(total.reward_bins, report.reward_bins)
-        _add(total.length_bins, report.length_bins)
-        _add(total.spread.bins, report.spread.bins)
-        total.spread.groups += report.spread.groups
-        total.spread.zero_groups += report.spread.zero_groups
-        total.finished += report.finished
-        lowest = [value for value in (total.lowest_reward, report.lowest_reward) if value is not None]
-        highest = [value for value in (total.highest_reward, report.highest_reward) if value is not None]
-        total.lowest_reward = min(lowest, default=None)
-        total.highest_reward = max(highest, default=None)
+        add_to(total, report)
     total.finished.sort()
     return total
+
+
+def add_to(total: UnitReport, report: UnitReport) -> None:
+    """Make `total` the sum of both; its `finished` is in the order of what was added."""
+    for name in SUMS:
+        setattr(total, name, getattr(total, name) + getattr(report, name))
+    _add(total.by_status, report.by_status)
+    _add(total.reward_bins, report.reward_bins)
+    _add(total.length_bins, report.length_bins)
+    _add(total.spread.bins, report.spread.bins)
+    total.spread.groups += report.spread.groups
+    total.spread.zero_groups += report.spread.zero_groups
+    total.health += report.health
+    total.finished += report.finished
+    lowest = [value for value in (total.lowest_reward, report.lowest_reward) if value is not None]
+    highest = [value for value in (total.highest_reward, report.highest_reward) if value is not None]
+    total.lowest_reward = min(lowest, default=None)
+    total.highest_reward = max(highest, default=None)
 
 
 def length_bin(tokens: int) -> int:
@@ -152,22 +164,3 @@ def length_bin(tokens: int) -> int:
 def _add(mine: dict[Key, int], theirs: Mapping[Key, int]) -> None:
     for key, count in theirs.items():
         mine[key] = mine.get(key, 0) + count
-
-
-def _spread(triples: Sequence[Triple | TripleError], scored: Sequence[Scored]) -> Spread:
-    spread = Spread()
-    rows = [
-        ((repr(triple.prompt), repr(triple.reference)), row.reward)
-        for triple, row in zip(triples, scored, strict=True)
-        if isinstance(triple, Triple) and row.reward is not None
-    ]
-    for _, members in groupby(rows, key=lambda row: row[0]):
-        rewards = [reward for _, reward in members]
-        if len(rewards) < 2:
-            continue
-        width = max(rewards) - min(rewards)
-        spread.groups += 1
-        spread.zero_groups += width == 0
-        step = math.floor(width / REWARD_BIN)
-        spread.bins[step] = spread.bins.get(step, 0) + 1
-    return spread

@@ -103,6 +103,8 @@ class Snapshot:
     """What the first engine's start is busy with; empty when it is not known."""
 
     error: PolarRayError | None
+    repeated_units: int = 0
+    """Times that a unit was begun which had been begun before."""
 
 
 @dataclass
@@ -155,6 +157,7 @@ class JobTracker:
         self._actors = 0
         self._deaths = 0
         self._quarantined = 0
+        self._repeated = 0
         self._checks: dict[str, float] = {}
         self._last_progress = time.monotonic()
         self._error: PolarRayError | None = None
@@ -190,6 +193,7 @@ class JobTracker:
 
     def begin(self, unit: int, rows: int, who: str = MAIN) -> Assignment:
         """`who` takes a unit. If they had it already, the process that had it is dead."""
+        self._repeated += unit in self._units
         self._unbegun.pop(unit, None)
         state = self._units.setdefault(unit, _UnitState(rows, [Rows(0, rows)]))
         self._end_attempt(state, who)
@@ -292,6 +296,7 @@ class JobTracker:
             ),
             stage=self._stage,
             error=self._error,
+            repeated_units=self._repeated,
         )
 
     def _attempt(self, unit: int, who: str) -> _Attempt | None:

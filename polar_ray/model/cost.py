@@ -3,10 +3,34 @@ meets, and four for each element of a query's head and each key that it sees."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from polar_ray.model.architecture import CheckpointConfig
 from polar_ray.planning import Batch
+
+PEAK_FLOPS = {
+    "a100": 312e12,
+    "b200": 2250e12,
+    "h100": 989e12,
+    "h20": 148e12,
+    "h200": 989e12,
+    "l4": 121e12,
+    "l40s": 362e12,
+}
+"""Dense bfloat16 operations per second of the makers' data sheets (SXM variants), without sparsity."""
+
+OTHER_BUILDS = {"nvl", "pcie"}
+"""In a GPU's name: builds of the same chip whose peak is another."""
+
+
+def peak_flops_of(gpu: str, dtype: str) -> float | None:
+    """The peak of a GPU that calls itself `gpu` ("NVIDIA H100 80GB HBM3"); None where it is not known, or not for
+    `dtype`."""
+    words = set(re.split(r"[^a-z0-9]+", gpu.lower()))
+    if dtype not in ("bfloat16", "float16") or words & OTHER_BUILDS:
+        return None
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in words), None)
 
 
 def causal_pairs(n: int) -> int:

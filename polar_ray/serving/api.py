@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 
 import polar_ray
 from polar_ray.errors import EngineError, RequestInvalid, Unavailable, error_kinds
+from polar_ray.metrics import RECEIPT_ID_DIGITS
 from polar_ray.serving import openapi
 from polar_ray.serving.arrow import read_rows, write_reply
 from polar_ray.serving.auth import Gate
@@ -34,6 +35,7 @@ from polar_ray.serving.exchange import (
     unless_gone,
 )
 from polar_ray.serving.service import Result, RewardService
+from polar_ray.tracing import RequestTrace
 from polar_ray.triples import Row
 from polar_ray.wire import (
     ARROW_MEDIA_TYPE,
@@ -205,11 +207,30 @@ def _dialect_handler(service: RewardService, dialect: Dialect) -> Callable[[Requ
 async def _score(
     service: RewardService, request: Request, rows: Sequence[Row], options: CallOptions, arrived: float
 ) -> Result:
+    name = f"{request.method} {request.scope['route'].path}"
     try:
-        return await unless_gone(request, service.score(rows, options, arrived=arrived))
+        with service.tracing.request(name, request.headers, arrived) as trace:
+            result = await unless_gone(request, service.score(rows, options, arrived=arrived))
+            _describe(trace, service, result, options, arrived)
+            return result
     except (CallerGone, asyncio.CancelledError):  # the second is how Ray's proxy may say it
         service.metrics.count_dropped()
         raise
+
+
+def _describe(
+    trace: RequestTrace, service: RewardService, result: Result, options: CallOptions, arrived: float
+) -> None:
+    failed = sum(not row.is_ok for row in result.scored)
+    trace.set(
+        rows=len(result.scored),
+        failed_rows=failed,
+        tokens=result.tokens,
+        computed_tokens=result.computed_tokens,
+        priority=options.priority,
+        receipt_id=service.receipt_id[:RECEIPT_ID_DIGITS],
+    )
+    trace.stages(arrived, {"encode": result.encode_s, "queue": result.queue_s, "engine": result.engine_s})
 
 
 def _refuse_failed_rows(result: Result) -> None:

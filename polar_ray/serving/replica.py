@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from ray import serve
 
 from polar_ray.config import ServeConfig
+from polar_ray.ray_export import keep_exporting
 from polar_ray.serving.api import build_api
 from polar_ray.serving.autoscaling import PENDING_TOKENS
 from polar_ray.serving.fleet import FleetMetrics
@@ -31,6 +32,7 @@ class ScoringReplica:
         replica = context.replica_id.unique_id
         self._service = RewardService(model, config, replica=replica)
         self._fleet = FleetMetrics(context.app_name, replica, self._service.metrics.collect)
+        self._exporting = keep_exporting(self._service.metrics.collect)
         freeze_heap()
 
     def __serve_build_asgi_app__(self) -> FastAPI:

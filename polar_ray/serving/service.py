@@ -33,6 +33,7 @@ from polar_ray.scoring import CANARY, Outcome, Scorer, has_gpu, scored_row
 from polar_ray.serving.admission import Admission
 from polar_ray.serving.batcher import SHUTTING_DOWN, Batcher, Computed
 from polar_ray.serving.metrics import Metrics
+from polar_ray.tracing import Tracing
 from polar_ray.triples import TEXT_FIELDS, Rendered, Row, Scored, Text, TokenIds, Triple
 from polar_ray.wire import (
     CallOptions,
@@ -113,10 +114,14 @@ class RewardService:
     move one by rounding.
     """
 
-    def __init__(self, model: Model, config: ServeConfig, *, replica: str = "local") -> None:
+    def __init__(
+        self, model: Model, config: ServeConfig, *, replica: str = "local", tracing: Tracing | None = None
+    ) -> None:
+        """`tracing` is as the environment asks for, unless given."""
         self.config = config
+        self.tracing = tracing or Tracing.from_environment()
         self.model = model
-        self.metrics = Metrics(replica)
+        self.metrics = Metrics(replica, self.receipt_id)
         self._loop = asyncio.get_running_loop()
         self._created = int(time.time())
         self._is_broken = False
@@ -160,7 +165,7 @@ class RewardService:
         self._admission.check_deadline(cost, options.priority, deadline - encoded_at)
         computed = await self._batcher.run(computable, priority=options.priority, deadline=deadline)
         scored = _join(rows, encoded, computed)
-        self.metrics.count_rows(scored, computed.queue_s)
+        self.metrics.count_rows(rows, scored, computed.queue_s)
         return Result(
             scored,
             sum(outcome.computed_tokens for outcome in computed.outcomes),
@@ -276,8 +281,7 @@ class RewardService:
         except Exception:
             self._raise_if_broken()
             raise
-        used = scorer.usage - before
-        self.metrics.count_engine_call(used.computed_tokens, used.engine_seconds)
+        self.metrics.count_engine_work(scorer.usage - before)
         if any(isinstance(outcome.reward, EngineError) for outcome in outcomes):
             self._raise_if_broken()
         return outcomes

@@ -66,7 +66,7 @@ def test_a_cluster_without_workers_grows_for_a_job_and_for_an_endpoint_and_is_em
     told = result_of("growth", folder=tmp_path)
     assert told["workers_at_the_start"] == 0
     job, endpoint = told["job"], told["endpoint"]
-    assert "the cluster has no worker node yet" in job["auto_refused"]
+    assert "no worker node yet" in job["auto_refused"]
     assert job["rows"] == job["ok"] > 0
     assert job["most_workers"] == 3
     assert endpoint["workers_with_all_replicas"] == 3

@@ -19,7 +19,7 @@ def cluster():
 
     ray.init(
         address="local", num_cpus=4, include_dashboard=False, object_store_memory=128 << 20, log_to_driver=False,
-        logging_level="ERROR",
+        logging_level="ERROR", _system_config={"metrics_report_interval_ms": 500},
     )  # fmt: skip
     yield
     ray.shutdown()

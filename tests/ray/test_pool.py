@@ -3,7 +3,9 @@
 import pytest
 
 from polar_ray.config import ScoreConfig
+from polar_ray.corpus import job
 from polar_ray.corpus.run import Pool, plan_pool
+from polar_ray.errors import ConfigError
 
 CPU = {"device": "cpu"}
 GPU = {"device": "cuda"}
@@ -31,3 +33,28 @@ GPU = {"device": "cuda"}
 )
 def test_the_pool_fits_the_cluster_and_the_settings(settings, nodes, units, expected):
     assert plan_pool(ScoreConfig.model_validate(settings), units, nodes) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({}, "engine.device and actors and engine.threads:"),
+        ({"actors": 8}, "engine.device and engine.threads:"),
+        ({"actors": 8, "engine": CPU}, "engine.threads:"),
+        ({"engine": GPU}, "actors:"),
+        ({"actors": 8, "engine": GPU}, None),
+        ({"actors": "2:8", "engine": {**CPU, "threads": 4}}, None),
+        ({"engine": {"kind": "serve", "address": "gpu-box:8000"}}, None),
+    ],
+)
+def test_what_is_left_open_is_not_guessed_on_a_cluster_without_workers(monkeypatch, settings, named):
+    monkeypatch.setattr(job, "has_workers", lambda: False)
+    config = ScoreConfig.model_validate(settings)
+    if named is None:
+        job._refuse_to_guess(config)
+        return
+    with pytest.raises(ConfigError) as refused:
+        job._refuse_to_guess(config)
+    assert str(refused.value).startswith(named)
+    monkeypatch.setattr(job, "has_workers", lambda: True)
+    job._refuse_to_guess(config)

@@ -37,7 +37,7 @@ def cluster():
     ray.shutdown()
     ray.init(
         address="local", num_cpus=8, include_dashboard=False, object_store_memory=256 << 20, log_to_driver=False,
-        logging_level="ERROR",
+        logging_level="ERROR", _system_config={"metrics_report_interval_ms": 500},
     )  # fmt: skip
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "ERROR"})

@@ -13,7 +13,19 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["errors"],
     ["triples", "config"],
-    ["cluster", "columns", "planning", "policy_text", "report", "stages", "wire"],
+    [
+        "cluster",
+        "columns",
+        "health",
+        "metrics",
+        "planning",
+        "policy_text",
+        "ray_export",
+        "report",
+        "stages",
+        "tracing",
+        "wire",
+    ],
     ["client"],
     ["encoding", "model"],
     ["engines"],
@@ -29,6 +41,7 @@ ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 HEAVY = {"ray", "torch", "transformers", "safetensors", "sglang", "vllm", "lmdeploy"}
 MAY_IMPORT = {
     "cluster.py": {"ray"},
+    "ray_export.py": {"ray"},
     "corpus/actor.py": {"ray"},
     "corpus/run.py": {"ray"},
     "serving/app.py": {"ray"},

@@ -10,7 +10,11 @@ from polar_ray.config import EngineConfig, LimitsConfig
 from polar_ray.encoding.encode import Encoder
 from polar_ray.engines.fake import FakeEngine
 from polar_ray.errors import TripleError
-from polar_ray.scoring import Scorer
+from polar_ray.model.checkpoint import read_config
+from polar_ray.model.cost import flops_of_batches
+from polar_ray.model.locate import EMBEDDED_FOLDER
+from polar_ray.planning import plan
+from polar_ray.scoring import Arithmetic, Scorer
 from polar_ray.triples import Scored, Triple
 from tests.support.engines import FaultyEngine, contains
 
@@ -106,6 +110,22 @@ def test_on_batch_is_called_as_work_is_done(small_tokenizer):
     assert seen == sorted(seen)
     assert seen[-1] == 4
     assert len(seen) > 1
+
+
+def test_operations_are_counted_where_the_peak_is_known(small_tokenizer):
+    shape = read_config(EMBEDDED_FOLDER)
+    encoder = Encoder(small_tokenizer, LimitsConfig())
+    triples = [Triple("What is the capital of China?", "Beijing.", output) for output in ("Beijing.", "Shanghai.")]
+    counting = Scorer(encoder, FakeEngine(token_budget=64), arithmetic=Arithmetic(shape, peak_flops_per_s=1e12))
+    counting.score(triples)
+    usage = counting.usage
+    planned = plan([row.ids for row in counting.encode(triples)], token_budget=64)
+    assert usage.flops == flops_of_batches(shape, planned.batches)
+    assert usage.peak_flops == pytest.approx(1e12 * usage.engine_seconds)
+    assert (usage.engine_calls, usage.budget_tokens) == (len(planned.batches), 64 * len(planned.batches))
+    silent = Scorer(encoder, FakeEngine(token_budget=64))
+    silent.score(triples)
+    assert silent.usage.flops == silent.usage.peak_flops == 0
 
 
 def test_the_embedded_model_scores_with_the_torch_engine():

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from polar_ray.corpus.history import MOST_BUCKETS, MOST_PAUSES, trace
 from polar_ray.corpus.rates import time_ticks
 from polar_ray.corpus.report import ReportFacts, write_report
-from polar_ray.corpus.summary import Spread, UnitReport, combine, length_bin
+from polar_ray.corpus.summary import UnitReport, combine, length_bin
+from polar_ray.corpus.trend import Part
 from polar_ray.errors import EmptyText
+from polar_ray.health import Moments, RewardHealth, Spread
 
 STARTED = 1_763_870_000.0
 FACTS = ReportFacts(
@@ -100,6 +102,46 @@ def test_mean_median_and_spread_are_said():
     assert "median ≈ −1.33" in said
     assert "From −3.10 to 0.40, standard deviation 1.73." in said
     assert "Without spread: 25.0 % of 100 groups." in said
+
+
+HEALTH = RewardHealth(
+    rows=990,
+    equal_echoes=99,
+    contained_echoes=33,
+    length=Moments(n=4, x=10, y=-2, xx=30, yy=6, xy=0),
+    length_in_groups=Moments(n=4, x=0, y=0, xx=8, yy=2, xy=-3.9),
+)
+
+
+def test_signs_of_ill_health_come_with_what_they_mean():
+    said = words(
+        render(REPORT.model_copy(update={"health": HEALTH, "control_token_rows": 5, "removed_control_tokens": 9}))
+    )
+    assert "rows cut 20 (2.0 %)" in said
+    assert "groups without spread 25 (25.0 %)" in said
+    assert "output is the reference 99 (10.0 %)" in said
+    assert "output holds the reference 33 (3.3 %)" in said
+    assert "rows with control tokens 5 (0.5 %) 9 of the model's own tokens" in said
+    assert "reward and length, all rows r = 1.00 Longer outputs have clearly higher rewards." in said
+    assert "reward and length, within groups r = −0.97 Shorter outputs have clearly higher rewards." in said
+
+
+def test_what_an_earlier_version_did_not_measure_is_not_called_nothing():
+    said = words(render())
+    assert "output is the reference – " in said
+    assert "reward and length, all rows – Not known" in said
+    assert "Drift along the corpus Too few rows" in said
+
+
+def test_drift_is_drawn_part_by_part_and_the_worst_is_said():
+    parts = [Part(0, 500, -3.0, 0.0), Part(500, 1000, -3.1, 0.04), Part(1000, 1500, -1.0, 0.9)]
+    page = write_report(REPORT, FACTS, parts)
+    assert bars(page, "Drift of rewards along the corpus") == [
+        "rows 0 to 500: drift 0.000, mean −3.00",
+        "rows 500 to 1,000: drift 0.040, mean −3.10",
+        "rows 1,000 to 1,500: drift 0.900, mean −1.00",
+    ]
+    assert "a large change, at most 0.90 (from row 1,000, with a mean of −1.00 after −3.00)" in words(page)
 
 
 def test_failures_come_with_what_their_code_means():

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polar_ray.corpus.summary import REWARD_BIN, Spread, UnitReport, combine, length_bin, report_unit
+from polar_ray.corpus.summary import UnitReport, combine, length_bin, report_unit
 from polar_ray.errors import RowUnreadable
+from polar_ray.health import REWARD_BIN, RewardHealth, Spread
 from polar_ray.scoring import Usage
 from polar_ray.triples import Scored, Triple
 
@@ -155,13 +156,33 @@ def test_every_field_of_a_report_is_summed():
     report = report_unit(
         [triple("a"), triple("a"), triple("b")],
         [Scored(1.0, tokens=5, cut_tokens=1, removed_control_tokens=1), Scored(1.0, tokens=5), Scored(None, "x", "x")],
-        Usage(3, 10, 8, 1, 0.5),
+        Usage(3, 10, 8, 1, 0.5, 2, 64, 1e9, 4e9),
         2.0,
     )
     total = combine([report, report])
-    for name in UnitReport.model_fields.keys() - {"lowest_reward", "highest_reward", "spread", "finished"}:
+    for name in UnitReport.model_fields.keys() - {"lowest_reward", "highest_reward", "spread", "health", "finished"}:
         was, now = getattr(report, name), getattr(total, name)
         assert now == ({key: 2 * count for key, count in was.items()} if isinstance(was, dict) else 2 * was), name
         assert was, name
     assert total.spread == Spread(groups=2, zero_groups=2, bins={0: 2})
     assert total.finished == report.finished * 2
+
+
+def test_a_report_of_an_earlier_version_can_be_read():
+    old = """{"rows": 3, "ok": 2, "by_status": {"ok": 2, "triple_empty": 1}, "tokens": 50, "computed_tokens": 40,
+    "duplicates": 0, "cut_rows": 0, "cut_tokens": 0, "control_token_rows": 0, "seconds": 1.0, "engine_seconds": 0.5,
+    "reward_sum": 1.0, "reward_square_sum": 1.0, "lowest_reward": 0.0, "highest_reward": 1.0,
+    "reward_bins": {"0": 1, "4": 1}, "length_bins": {"18": 2},
+    "spread": {"groups": 1, "zero_groups": 0, "bins": {"4": 1}},
+    "finished": [[1763870020.0, 3, 50, 40]]}"""
+    report = UnitReport.model_validate_json(old)
+    assert combine([report, report]).ok == 4
+    assert report.health == RewardHealth()
+
+
+def test_the_sum_of_a_reports_health_is_the_healths_sum():
+    scored = [Scored(1.0, tokens=5), Scored(0.0, tokens=5)]
+    report = report_unit([triple(output="r"), triple(output="longer")], scored, Usage(), 1.0)
+    total = combine([report, report])
+    assert (total.health.rows, total.health.equal_echoes, total.health.length.x) == (4, 2, 14)
+    assert total.health.length_in_groups.correlation == pytest.approx(-1)

@@ -495,6 +495,25 @@ def test_metrics_count_what_was_answered():
     with_api(test)
 
 
+def test_metrics_tell_of_the_health_of_rewards():
+    async def test(client, service):
+        same = {**CAPITAL, "outputs": ["Beijing.", "Beijing.", "Beijing."]}
+        await client.post("/v1/rewards", json=same)
+        await client.post("/v1/rewards", json={**CAPITAL, "outputs": ["x" * n for n in range(1, 601)]})
+        text = (await client.get("/metrics")).text
+        assert 'polar_ray_groups_total{replica="local"} 2.0' in text
+        assert 'polar_ray_zero_spread_groups_total{replica="local"} 1.0' in text
+        assert 'polar_ray_echo_rows_total{kind="equal",replica="local"} 3.0' in text
+        assert 'polar_ray_reward_length_correlation{replica="local",scope="groups"}' in text
+        assert f'polar_ray_receipt_info{{receipt_id="{service.receipt_id[:12]}",replica="local"}} 1.0' in text
+        assert "polar_ray_reward_drift{" not in text, "not known yet"
+        for _ in range(2):
+            await client.post("/v1/rewards", json={**CAPITAL, "outputs": ["y" * n for n in range(1, 601)]})
+        assert 'polar_ray_reward_drift{replica="local"}' in (await client.get("/metrics")).text
+
+    with_api(test)
+
+
 def test_the_openapi_examples_are_real():
     async def test(client, service):
         schema = (await client.get("/openapi.json")).json()
