@@ -13,7 +13,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["errors"],
     ["triples", "config"],
-    ["cluster", "columns", "planning", "policy_text", "report", "stages", "wire"],
+    ["cluster", "columns", "deployment", "planning", "policy_text", "report", "stages", "wire"],
     ["client"],
     ["encoding", "model"],
     ["engines"],
