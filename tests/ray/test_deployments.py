@@ -23,7 +23,7 @@ pytestmark = pytest.mark.ray
 
 PROJECT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-START_S = 90
+START_S = 120
 CALLERS_TOKEN = "callers-" + "t" * 24
 OUR_OWN = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 ON_CPUS = ["workers.gpus=0", "workers.spot=0", "workers.steady=1"]
@@ -55,12 +55,22 @@ def environment(**values):
 
 @pytest.fixture(scope="module")
 def addresses(with_token):
-    """Where a cluster with token auth answers."""
+    """Where a cluster with token auth answers, whose environment is that of the manifest's pods."""
+    statistics, metrics = free_ports(2)
+    (head,) = manifest("serve", "serve.engine.device=cpu", "serve.replicas=1")["spec"]["rayClusterConfig"][
+        "headGroupSpec"
+    ]["template"]["spec"]["containers"]
+    of_pods = {variable["name"]: variable["value"] for variable in head["env"] if variable["name"] != "HF_HOME"}
+    of_this_machine = {  # where other clusters may be
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0.1",
+    }
     command = [sys.executable, "-m", "tests.support.token_cluster"]
-    with subprocess.Popen(
-        command, cwd=PROJECT, env=with_token, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as cluster:
-        yield json.loads(cluster.stdout.readline())
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    around = with_token | of_pods | of_this_machine
+    with subprocess.Popen(command, cwd=PROJECT, env=around, text=True, **pipes) as cluster:
+        yield json.loads(cluster.stdout.readline()) | {"haproxy": f"127.0.0.1:{metrics}"}
         cluster.stdin.close()
         assert cluster.wait(60) == 0
 
@@ -116,16 +126,18 @@ def started(addresses, with_token, tmp_path_factory):
 
 
 def finish(started, name):
-    """(exit code, what was printed) of one of them."""
+    """(exit code, what was printed) of one of them, as often as asked."""
     _, processes = started
-    said, _ = processes[name].communicate(timeout=200)
-    return processes[name].returncode, said
+    process = processes[name]
+    if process.returncode is None:
+        process.said, _ = process.communicate(timeout=200)
+    return process.returncode, process.said
 
 
-def test_the_endpoint_comes_up_by_the_dashboard_as_the_operator_asks_and_wants_its_own_token(
-    addresses, token_file, started, tmp_path
-):
-    tokens = tmp_path / "tokens"
+@pytest.fixture(scope="module")
+def endpoint(addresses, token_file, tmp_path_factory):
+    """Where the endpoint of the RayService answers, deployed by the dashboard as the operator does it."""
+    tokens = tmp_path_factory.mktemp("tokens") / "tokens"
     tokens.write_text(CALLERS_TOKEN)
     service = manifest(
         "serve",
@@ -140,29 +152,38 @@ def test_the_endpoint_comes_up_by_the_dashboard_as_the_operator_asks_and_wants_i
     config = yaml.safe_load(service["spec"]["serveConfigV2"])
     (port,) = free_ports(1)
     config["http_options"] |= {"host": "127.0.0.1", "port": port}
-    with httpx.Client(base_url=f"http://{addresses['dashboard']}/api/serve", timeout=30) as dashboard:
-        assert dashboard.put("/applications/", json=config).status_code == 401
-        dashboard.headers["Authorization"] = f"Bearer {token_file.read_text()}"
-        dashboard.put("/applications/", json=config).raise_for_status()
-        wait_until_running(dashboard)
-        triple = Triple("What is the capital of China?", "Beijing.", "Shanghai.")
-        with RewardClient(f"127.0.0.1:{port}", token=CALLERS_TOKEN) as client:
-            assert len(client.rewards([triple])) == 1
-        for token in (None, token_file.read_text()):
-            with RewardClient(f"127.0.0.1:{port}", token=token) as client, pytest.raises(Unauthorized):
-                client.rewards([triple])
-        dashboard.delete("/applications/").raise_for_status()
+    bearer = {"Authorization": f"Bearer {token_file.read_text()}"}
+    with httpx.Client(base_url=f"http://{addresses['dashboard']}/api/serve", headers=bearer, timeout=START_S) as api:
+        bring_up(api, config)
+        yield f"127.0.0.1:{port}"
+        api.delete("/applications/").raise_for_status()
 
 
-def wait_until_running(dashboard):
+def bring_up(api, config):
+    """As the operator does: ask, again while the answer is an error, until the application runs."""
     deadline = time.monotonic() + START_S
+    asked = api.put("/applications/", json=config)
     while True:
-        application = dashboard.get("/applications/").json()["applications"].get("polar", {})
+        assert time.monotonic() < deadline, asked.text
+        time.sleep(0.2)
+        if asked.status_code != 200:
+            asked = api.put("/applications/", json=config)
+            continue
+        application = api.get("/applications/").json()["applications"].get("polar", {})
         if application.get("status") == "RUNNING":
             return
         assert application.get("status") not in ("DEPLOY_FAILED", "UNHEALTHY"), application["message"]
-        assert time.monotonic() < deadline, application
-        time.sleep(0.2)
+
+
+def test_the_endpoint_comes_up_behind_haproxy_and_rays_token_opens_nothing_there(endpoint, addresses, token_file):
+    triple = Triple("What is the capital of China?", "Beijing.", "Shanghai.")
+    with RewardClient(endpoint, token=CALLERS_TOKEN) as client:
+        assert len(client.rewards([triple])) == 1
+        assert client.score([Triple(triple.prompt, triple.reference, "")])[0].status == "triple_empty"
+    for token in (None, token_file.read_text()):
+        with RewardClient(endpoint, token=token) as client, pytest.raises(Unauthorized):
+            client.rewards([triple])
+    assert "haproxy_" in httpx.get(f"http://{addresses['haproxy']}/metrics").text
 
 
 def test_a_corpus_job_is_submitted_runs_and_leaves_rewards(started):
@@ -176,6 +197,21 @@ def test_a_training_run_is_submitted_runs_and_leaves_a_checkpoint(started):
     assert code == 0, said[-3000:]
     assert (started[0] / "tuned" / "model.safetensors").exists()
     assert json.loads((started[0] / "tuned" / "receipt.json").read_text())["config"]["max_steps"] == 1
+
+
+def test_no_text_and_no_token_is_in_any_log_of_the_cluster(addresses, endpoint, started, token_file):
+    for name in ("score", "train"):
+        finish(started, name)
+    triples = [json.loads(line) for line in (PROJECT / "jobs" / "demo" / "triples.jsonl").read_text().splitlines()]
+    texts = {text for triple in triples for text in triple.values() if isinstance(text, str) and len(text) > 20}
+    assert len(texts) > 40
+    private = [text.encode() for text in texts] + [CALLERS_TOKEN.encode(), token_file.read_bytes()]
+    logs = [file for file in Path(addresses["logs"]).rglob("*") if file.is_file()]
+    assert any("serve" in str(file) for file in logs)
+    assert any("job-driver" in file.name for file in logs)
+    for file in logs:
+        content = file.read_bytes()
+        assert not [text for text in private if text in content], file
 
 
 def test_without_the_token_nobody_submits_a_job(addresses):

@@ -1,7 +1,7 @@
 """A Ray cluster with token auth and a dashboard, in a process of its own: `python -m tests.support.token_cluster`.
 
-It prints one line of JSON, `{"gcs": "host:port", "dashboard": "host:port", "agent": "host:port"}`, and lives until its
-stdin is closed. Which token, the environment says: RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH.
+It prints one line of JSON, `{"gcs": "host:port", "dashboard": "host:port", "agent": "host:port", "logs": "folder"}`,
+and lives until its stdin is closed. Which token, the environment says: RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH.
 """
 
 import json
@@ -26,8 +26,13 @@ def main() -> None:
         dashboard_agent_listen_port=agent,  # jobs are started by the agent, and another cluster may have its usual port
     )
     host = cluster.gcs_address.rpartition(":")[0]
-    addresses = {"gcs": cluster.gcs_address, "dashboard": f"127.0.0.1:{dashboard}", "agent": f"{host}:{agent}"}
-    sys.stdout.write(json.dumps(addresses) + "\n")
+    where = {
+        "gcs": cluster.gcs_address,
+        "dashboard": f"127.0.0.1:{dashboard}",
+        "agent": f"{host}:{agent}",
+        "logs": cluster.head_node.get_logs_dir_path(),
+    }
+    sys.stdout.write(json.dumps(where) + "\n")
     sys.stdout.flush()
     sys.stdin.read()
     cluster.shutdown()
