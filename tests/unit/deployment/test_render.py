@@ -232,6 +232,30 @@ def test_workers_are_asked_for_as_the_settings_say():
         assert store == 6 << 30
 
 
+def test_rays_autoscaler_reads_what_is_meant():
+    from ray._private.label_utils import parse_node_labels_string
+    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+
+    cluster = cluster_of(rendered("score", "workers.gpus=4", "workers.steady=1:2", "workers.idle_timeout_s=77")[0])
+    for template in [cluster["headGroupSpec"]["template"], *(g["template"] for g in cluster["workerGroupSpecs"])]:
+        resources = template["spec"]["containers"][0]["resources"]
+        for kind, amounts in resources.items():
+            resources[kind] = {name: str(amount) for name, amount in amounts.items()}  # as Kubernetes gives them back
+    read = _derive_autoscaling_config_from_ray_cr({"spec": cluster, "metadata": {"name": "a", "namespace": "b"}})
+    nodes = read["available_node_types"]
+    head = nodes.pop(read["head_node_type"])
+    assert (head["resources"]["CPU"], head["resources"]["GPU"]) == (0, 0)
+    assert {name: (node["min_workers"], node["max_workers"]) for name, node in nodes.items()} == {
+        "spot": (0, 8),
+        "steady": (1, 2),
+    }
+    for name, node in nodes.items():
+        assert (node["resources"]["CPU"], node["resources"]["GPU"], node["idle_timeout_s"]) == (8, 4, 77)
+        assert node["priority"] == (10 if name == "spot" else 0)
+        label = "ray.io/market-type=" + ("spot" if name == "spot" else "on-demand")
+        assert parse_node_labels_string(label) == node["labels"]
+
+
 def test_haproxy_is_a_setting():
     def has_it(*settings):
         pods = pod_specs(rendered("serve", *settings)[0])
