@@ -4,10 +4,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CLIENTS := .clients
 ENGINES := .engines
+AUDIT := .audit
 SEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup clients engines-vllm engines-sglang demo serve test chaos lint types check bench clean
+.PHONY: help setup clients engines-vllm engines-sglang demo serve test chaos lint types check audit bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -76,8 +77,16 @@ types: setup ## check types
 
 check: lint types test ## all three
 
+audit: $(AUDIT)/.installed ## ask PyPI's advisories about every pin; what could not be asked about is a failure
+	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
+
+$(AUDIT)/.installed:
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet pip-audit==2.10.1
+	@touch $@
+
 bench: setup ## compare the torch engine with padded batches, in bf16 and fp32
 	$(BIN)/polar-ray bench engine --shape small
 
 clean: ## remove what make made
-	rm -rf $(VENV) $(CLIENTS) $(ENGINES) build dist *.egg-info
+	rm -rf $(VENV) $(CLIENTS) $(ENGINES) $(AUDIT) build dist *.egg-info

@@ -10,6 +10,7 @@ from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from polar_ray.config import ray_address
 from polar_ray.errors import ConfigError
@@ -24,7 +25,7 @@ OBJECT_STORE_BYTES = 128 << 20
 def ray_cluster(object_store_bytes: int = OBJECT_STORE_BYTES) -> Iterator[None]:
     """A connection to Ray: this process's own if it has one, else RAY_ADDRESS, else a cluster on this machine.
 
-    Raises `ConfigError` when nothing answers at RAY_ADDRESS.
+    Raises `ConfigError` when nothing answers at RAY_ADDRESS, or what does lets nobody in without a token.
     """
     if ray.is_initialized():
         yield
@@ -55,13 +56,25 @@ def _keep_logs_off_the_terminal() -> None:
 
 def _connect(address: str, **quiet: Any) -> None:
     host, colon, port = address.rpartition(":")
+    found = f"RAY_ADDRESS = {address!r}: "
     try:
         if colon and port.isdigit() and "://" not in address:
             # Ray itself waits for minutes, in silence, for a host that is not there
             socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ConfigError(f"{found}no Ray cluster answers there ({error})") from None
+    try:
         ray.init(address=address, **quiet)
+    except AuthenticationError:
+        raise ConfigError(
+            f"{found}RAY_AUTH_MODE asks for a token and there is none; set RAY_AUTH_TOKEN to the cluster's, or "
+            "RAY_AUTH_TOKEN_PATH to a file with it"
+        ) from None
     except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"RAY_ADDRESS = {address!r}: no Ray cluster answers there ({error})") from None
+        raise ConfigError(
+            f"{found}no Ray cluster there lets this process in ({error}); it must have this version of Ray, and if it "
+            "has token auth, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with its token"
+        ) from None
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from polar_ray.cli import bench
+from polar_ray.cli import bench, cluster
 from polar_ray.cli.evaluate import evaluate
 from polar_ray.cli.inspect import inspect
 from polar_ray.cli.plan import plan
@@ -51,6 +51,7 @@ app.command()(evaluate)
 app.command()(inspect)
 app.command()(verify)
 app.add_typer(bench.app, name="bench")
+app.add_typer(cluster.app, name="cluster")
 
 
 @app.callback()

@@ -16,6 +16,7 @@ LAYERS = [
     [
         "cluster",
         "columns",
+        "deployment",
         "health",
         "metrics",
         "planning",

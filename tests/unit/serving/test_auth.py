@@ -1,6 +1,7 @@
 """Tokens: several, from a file or the environment, rotated while serving."""
 
 import base64
+import hmac
 import os
 
 import pytest
@@ -64,6 +65,24 @@ def test_an_error_never_holds_a_token(monkeypatch):
         Gate(AuthConfig()).check(bearer(SECOND))
     assert FIRST not in str(refused.value)
     assert SECOND not in str(refused.value)
+
+
+def test_every_token_is_compared_and_in_constant_time(monkeypatch):
+    """How long a refusal takes says neither how much of a token was right nor which of them is near."""
+    compared = []
+    constant_time = hmac.compare_digest
+
+    def watched(given, token):
+        compared.append(token)
+        return constant_time(given, token)
+
+    monkeypatch.setattr(hmac, "compare_digest", watched)
+    monkeypatch.setenv("POLAR_RAY_TOKENS", f"{FIRST},{SECOND},{THIRD}")
+    gate = Gate(AuthConfig())
+    for shown in (FIRST, THIRD, FIRST[:-1]):
+        compared.clear()
+        passes(gate, bearer(shown))
+        assert compared == [FIRST.encode(), SECOND.encode(), THIRD.encode()]
 
 
 def test_tokens_are_rotated_by_writing_the_file(tmp_path):
