@@ -8,7 +8,7 @@ AUDIT := .audit
 SEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup clients engines-vllm engines-sglang demo serve test chaos lint types check audit bench clean
+.PHONY: help setup clients engines-vllm engines-sglang demo serve test test-slow chaos lint types check audit bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -61,6 +61,9 @@ demo: setup ## score the demo's triples with the embedded checkpoint and rank th
 
 test: setup clients ## run every test
 	$(BIN)/python -m pytest
+
+test-slow: setup clients ## run the tests that take minutes and are left out of the others
+	POLAR_RAY_SLOW_TESTS=1 $(BIN)/python -m pytest -m slow
 
 chaos: setup ## drive a job and an endpoint through faults, and count what is lost; SEED=n for another order
 	$(BIN)/python -m tests.chaos.job --seed $(SEED) --faults 20 --rows 20000 --output build/chaos_job.json

@@ -1,5 +1,7 @@
 """Fixtures that more than one folder of tests uses."""
 
+import os
+
 import pytest
 
 from polar_ray.encoding.tokenizer import PolarTokenizer
@@ -7,6 +9,15 @@ from polar_ray.model.locate import EMBEDDED_FOLDER
 from tests.support.tokenizers import make_polar_tokenizer_folder
 
 pytest.register_assert_rewrite("tests.support.engine_contract")
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked as slow run when they are asked for."""
+    if "POLAR_RAY_SLOW_TESTS" in os.environ:
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="runs with POLAR_RAY_SLOW_TESTS=1"))
 
 
 @pytest.fixture(scope="session")

@@ -54,6 +54,7 @@ def test_a_full_disk_ends_a_run_and_costs_no_row(tmp_path):
     assert (told["rows_lost"], told["rows_duplicated"], told["rows_different"]) == (0, 0, 0)
 
 
+@pytest.mark.slow
 def test_an_endpoint_survives_every_kind_of_fault_and_answers_every_caller(tmp_path):
     told = result_of("endpoint", "--seed", "5", "--faults", "9", folder=tmp_path)
     assert told["rows_asked"] == told["rows_answered"] > 1000
@@ -62,6 +63,7 @@ def test_an_endpoint_survives_every_kind_of_fault_and_answers_every_caller(tmp_p
     assert set(told["faults"].values()) == {1}
 
 
+@pytest.mark.slow
 def test_a_cluster_without_workers_grows_for_a_job_and_for_an_endpoint_and_is_empty_again(tmp_path):
     told = result_of("growth", folder=tmp_path)
     assert told["workers_at_the_start"] == 0

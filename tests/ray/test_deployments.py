@@ -20,7 +20,6 @@ from polar_ray.errors import Unauthorized
 from tests.support.token_cluster import free_ports
 
 pytestmark = pytest.mark.ray
-is_slow = pytest.mark.skipif("POLAR_RAY_SLOW_TESTS" not in os.environ, reason="runs with POLAR_RAY_SLOW_TESTS=1")
 
 PROJECT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -186,7 +185,7 @@ def test_a_corpus_job_is_submitted_runs_and_leaves_rewards(started):
     assert pq.read_table(started[0] / "scored")["reward_status"].to_pylist() == ["ok"] * 43
 
 
-@is_slow
+@pytest.mark.slow
 def test_a_training_run_is_submitted_runs_and_leaves_a_checkpoint(addresses, with_token, tmp_path):
     training_run = manifest(
         "train",

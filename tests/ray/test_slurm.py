@@ -11,7 +11,7 @@ import pytest
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.skipif("POLAR_RAY_SLOW_TESTS" not in os.environ, reason="runs with POLAR_RAY_SLOW_TESTS=1"),
+    pytest.mark.slow,
 ]
 
 PROJECT = Path(__file__).parents[2]
