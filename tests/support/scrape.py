@@ -2,9 +2,14 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
+
+from polar_ray.corpus.manifest import load_manifest
+from polar_ray.corpus.metrics import JOB_ID_DIGITS
+from polar_ray.corpus.storage import Location
 
 RAY_PREFIX = "ray_"
 GIVE_UP_S = 30
@@ -32,6 +37,13 @@ def scrape_ray() -> list[Sample]:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     addresses = [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes]
     return [sample for address in addresses for sample in parse(httpx.get(address, timeout=10).text)]
+
+
+def job_label(output: Path) -> str:
+    """The `job_id` of the job that writes to `output`."""
+    manifest = load_manifest(Location(str(output)))
+    assert manifest is not None
+    return manifest.job_id[:JOB_ID_DIGITS]
 
 
 def total(samples: list[Sample], name: str, **labels: str) -> float:
