@@ -189,6 +189,7 @@ def _follow(
         except queue.Empty:
             continue
         if arrival is None:
+            metrics.watch(ray.get(tracker.snapshot.remote()))  # what happened since the last look is of this run too
             return
         if isinstance(arrival, BaseException):
             raise _typed(arrival, tracker) from arrival

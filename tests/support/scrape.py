@@ -54,7 +54,9 @@ def total(samples: list[Sample], name: str, **labels: str) -> float:
 def wait_for(is_there: Callable[[list[Sample]], bool]) -> list[Sample]:
     """The first scrape of Ray for which `is_there`; fails the test if none comes."""
     end = time.monotonic() + GIVE_UP_S
+    seen: dict[str, float] = {}
     while not is_there(samples := scrape_ray()):
-        assert time.monotonic() < end, f"not within {GIVE_UP_S} s, among {sorted({sample.name for sample in samples})}"
+        seen.update({f"{sample.name}{sample.labels}": sample.value for sample in samples})
+        assert time.monotonic() < end, f"not within {GIVE_UP_S} s; last seen: {seen}"
         time.sleep(0.3)
     return samples
