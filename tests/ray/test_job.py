@@ -24,7 +24,7 @@ from polar_ray.errors import (
 )
 from tests.ray.conftest import make_table, read_scored
 from tests.support.engines import faulty_scorer
-from tests.support.scrape import total, wait_for
+from tests.support.scrape import job_label, total, wait_for
 from tests.support.slow_job import open_slow_scorer
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
@@ -165,10 +165,11 @@ def test_a_row_that_kills_its_process_is_found_and_quarantined(tmp_path):
     scored = read_scored(tmp_path / "out").to_pylist()
     assert summary.by_status == {"ok": 19, "process_crashed": 1}
     assert scored[13]["reward_status"] == "process_crashed"
-    samples = wait_for(lambda found: total(found, "polar_ray_quarantined_rows_total") == 1)
-    deaths = total(samples, "polar_ray_process_deaths_total")
-    assert total(samples, "polar_ray_units_repeated_total") == deaths >= 4
-    assert total(samples, "polar_ray_engines_started_total") == deaths + 1
+    job = job_label(tmp_path / "out")
+    samples = wait_for(lambda found: total(found, "polar_ray_quarantined_rows_total", job_id=job) == 1)
+    deaths = total(samples, "polar_ray_process_deaths_total", job_id=job)
+    assert total(samples, "polar_ray_units_repeated_total", job_id=job) == deaths >= 4
+    assert total(samples, "polar_ray_engines_started_total", job_id=job) == deaths + 1
     assert [row["row"] for row in scored] == list(range(20))
 
 

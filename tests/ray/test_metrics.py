@@ -10,14 +10,11 @@ import pytest
 from polar_ray.config import ScoreConfig
 from polar_ray.corpus.actor import open_scorer
 from polar_ray.corpus.job import score_parquet
-from polar_ray.corpus.manifest import load_manifest
-from polar_ray.corpus.metrics import JOB_ID_DIGITS
-from polar_ray.corpus.storage import Location
 from polar_ray.metrics import RECEIPT_ID_DIGITS, REWARD
 from polar_ray.scoring import Scorer
 from tests.ray.conftest import make_table, read_scored
 from tests.support.collector import running_collector
-from tests.support.scrape import total, wait_for
+from tests.support.scrape import job_label, total, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
 
@@ -34,10 +31,6 @@ def traced_scorer(collector: str, config: ScoreConfig) -> Scorer:
     return open_scorer(config)
 
 
-def job_of(output) -> str:
-    return load_manifest(Location(str(output))).job_id[:JOB_ID_DIGITS]
-
-
 def test_a_scrape_of_ray_has_the_numbers_of_the_summary(tmp_path):
     rows = make_table(12).to_pylist()
     rows[1]["output"] = ""
@@ -50,7 +43,7 @@ def test_a_scrape_of_ray_has_the_numbers_of_the_summary(tmp_path):
             tmp_path / "in.parquet", tmp_path / "out", config, build_scorer=partial(traced_scorer, collector.address)
         )
         collector.wait_for({"unit", "read", "score", "write"})
-    job = job_of(tmp_path / "out")
+    job = job_label(tmp_path / "out")
     samples = wait_for(lambda found: total(found, "polar_ray_units_total", job_id=job) == summary.units)
 
     def told(name: str, **labels: str) -> float:
