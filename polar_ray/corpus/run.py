@@ -204,7 +204,9 @@ def _follow(run: _Run, arrivals: Arrivals, interrupted: threading.Event) -> None
         except queue.Empty:
             continue
         if arrival is None:
-            metrics.watch(ray.get(tracker.snapshot.remote()))  # what happened since the last look is of this run too
+            run.metrics.watch(
+                ray.get(run.tracker.snapshot.remote())
+            )  # what happened since the last look is of this run too
             return
         if isinstance(arrival, BaseException):
             raise _typed(arrival, run.tracker) from arrival
