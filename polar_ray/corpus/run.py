@@ -204,9 +204,7 @@ def _follow(run: _Run, arrivals: Arrivals, interrupted: threading.Event) -> None
         except queue.Empty:
             continue
         if arrival is None:
-            run.metrics.watch(
-                ray.get(run.tracker.snapshot.remote())
-            )  # what happened since the last look is of this run too
+            run.metrics.watch(ray.get(run.tracker.snapshot.remote()))  # what happened since the last look
             return
         if isinstance(arrival, BaseException):
             raise _typed(arrival, run.tracker) from arrival
