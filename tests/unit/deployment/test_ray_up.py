@@ -9,6 +9,8 @@ from botocore.validate import ParamValidator
 from jsonschema import ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from polar_ray.deployment.settings import ScoreDeploymentConfig
+
 FOLDER = Path(__file__).parents[3] / "cluster" / "ray-up"
 FILES = sorted(FOLDER.glob("*.yaml"))
 
@@ -64,6 +66,11 @@ def test_heads_are_steady_and_idle_and_workers_come_from_none_on_spot_capacity(f
         for node in (head, worker)
     ]
     assert spot == [False, True]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_the_image_is_the_manifests(file):
+    assert given(file)["docker"]["image"] == ScoreDeploymentConfig().image
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
