@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -24,11 +24,13 @@ from polar_ray.errors import (
     ProcessCrashed,
     TripleError,
 )
-from polar_ray.model.architecture import CheckpointConfig
 from polar_ray.model.cost import flops_of_batches, peak_flops_of
 from polar_ray.model.locate import locate_model
 from polar_ray.planning import Batch, plan
 from polar_ray.triples import STATUS_OK, Row, Scored, Triple
+
+if TYPE_CHECKING:
+    from polar_ray.model.architecture import CheckpointConfig
 
 CANARY = Triple("1 + 1 = ?", "2", "2")
 """Scored to tell a broken engine from bad rows, and to warm one up."""

@@ -46,7 +46,9 @@ CHECK_POLL_SECONDS = 0.5
 BACK_UP = -1
 """In place of a unit: see to those of other actors that are queued or overdue, until none is."""
 
-BACK_UP_POLL_SECONDS = 1.0
+FIRST_WAIT_SECONDS = 0.05
+LONGEST_WAIT_SECONDS = 2.0
+"""Between two looks for units to back up: a short job is not held up, and the tail of a long one costs few calls."""
 
 REPORTS = pa.schema({"unit": pa.int64(), "report": pa.string(), "node": pa.string()})
 """What an actor gives back: units, their reports as JSON, and the address of its node."""
@@ -112,9 +114,11 @@ class ScoringActor:
             yield self._told(unit, MAIN)
             return
         who = ray.get_runtime_context().get_actor_id()
+        wait_s = FIRST_WAIT_SECONDS
         while (found := ray.get(self._tracker.back_up.remote(who))) != "leave":
             if found == "wait":
-                time.sleep(BACK_UP_POLL_SECONDS)
+                time.sleep(wait_s)
+                wait_s = min(2 * wait_s, LONGEST_WAIT_SECONDS)
             else:
                 yield self._told(found, who)
 

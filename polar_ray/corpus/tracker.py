@@ -53,7 +53,7 @@ PACES = 256
 """Units, the last ones, by which is judged how long one usually takes."""
 
 PRESENT_SECONDS = 5.0
-"""An idle actor asks about once a second; one that has not asked for so long has gone."""
+"""An idle actor asks every two seconds at least; one that has not asked for so long has gone."""
 
 
 class Rows(NamedTuple):
@@ -248,7 +248,7 @@ class JobTracker:
         """What an actor is to do for which there is no unit left: one that nobody has begun, or that is overdue.
 
         Those wait in the queue of a busy actor, or are with one that is slow, hangs, or is gone and Ray has not
-        noticed. `wait`: ask again in a second. `leave`: there are more idle actors than units left, let this one go.
+        noticed. `wait`: ask again in a moment. `leave`: there are more idle actors than units left, let this one go.
         """
         now = time.monotonic()
         self._idle.pop(who, None)

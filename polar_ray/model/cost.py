@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from polar_ray.model.architecture import CheckpointConfig
 from polar_ray.planning import Batch
+
+if TYPE_CHECKING:  # it loads torch, and every actor and command that scores imports this module
+    from polar_ray.model.architecture import CheckpointConfig
 
 PEAK_FLOPS = {
     "a100": 312e12,

@@ -119,6 +119,13 @@ def test_importing_the_package_is_light():
     assert done.stdout.strip() == "[]"
 
 
+def test_an_actor_that_runs_no_model_loads_no_torch():
+    """It is a second of every worker's start, and of every command."""
+    code = "import sys, polar_ray.corpus.actor; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_remote_code_and_pickles_are_never_loaded():
     for path in MODULES:
         calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
