@@ -196,9 +196,9 @@ def test_an_engine_whose_processes_die_at_the_start_does_not_loop_for_ever(corpu
 
 
 def test_a_job_that_stands_still_says_what_is_stuck(corpus, tmp_path):
-    config = fake(no_progress_timeout_s=3, actors=1)
+    config = fake(no_progress_timeout_s=6, actors=1)
     with pytest.raises(JobStalled, match=r"unit \d+ \(.*parquet rows \d+-\d+\) for \d+ s"):
-        score_parquet(corpus, tmp_path / "out", config, build_scorer=lambda config: open_slow_scorer(config, 20))
+        score_parquet(corpus, tmp_path / "out", config, build_scorer=lambda config: open_slow_scorer(config, 30))
 
 
 def test_faults_in_the_input_are_found_before_anything_is_written(corpus, tmp_path):
