@@ -35,7 +35,7 @@ def render(
     polar_ray would refuse on the cluster, and engines that fit no node, are
     refused here.
 
-    [dim]polar-ray cluster render serve --set image=ghcr.io/me/polar-ray:1 | kubectl apply -f -[/]
+    [dim]polar-ray cluster render serve --set image=registry.example/me/polar-ray:1 | kubectl apply -f -[/]
     [dim]polar-ray cluster render score --set 'inputs=\\["s3://a"]' --set output=s3://b -o score.yaml[/]
     [dim]polar-ray cluster render train --set workers.gpus=4 --set settings.epochs=2[/]
     """

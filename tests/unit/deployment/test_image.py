@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 from polar_ray.deployment.settings import IMAGE_JOBS
 
@@ -78,12 +79,17 @@ def test_the_packages_dependencies_are_pinned():
         assert re.sub(r"[-_.]+", "-", name).lower() in normal, requirement
 
 
-def test_both_variants_are_made_and_no_other():
-    (command,) = [argument for argument in arguments_of("RUN") if "case" in argument]
-    shell, _, _ = command.partition("&& python")
-    for variant, code in (("cuda", 0), ("cpu", 0), ("tpu", 2)):
-        done = subprocess.run(["sh", "-c", shell], env={"VARIANT": variant}, capture_output=True)
-        assert done.returncode == code, variant
+@pytest.mark.parametrize("variant", ["cpu", "cuda", "tpu"])
+def test_a_torch_that_is_not_the_variants_fails_the_build(variant):
+    (check,) = [
+        part for argument in arguments_of("RUN") for part in argument.split("&&") if "import sys, torch" in part
+    ]
+    done = subprocess.run(
+        [sys.executable, *shlex.split(check.replace("${VARIANT}", variant))[1:]], capture_output=True, text=True
+    )
+    has = "cuda" if torch.version.cuda else "cpu"
+    assert (done.returncode == 0) == (variant == has)
+    assert done.stderr == ("" if variant == has else f"VARIANT={variant}, and torch is built for {has}\n")
 
 
 def test_it_does_not_run_as_root():
