@@ -285,7 +285,7 @@ def _compare(expected: pa.Table, found: pa.Table) -> dict[str, int]:
 def main(
     seed: Annotated[int, typer.Option(help="Another seed, another schedule.")] = 0,
     faults: Annotated[int, typer.Option(min=1, help="How many.")] = 20,
-    rows: Annotated[int, typer.Option(min=1000, help="Rows of the corpus; more faults take more.")] = 12_000,
+    rows: Annotated[int, typer.Option(min=500, help="Rows of the corpus; more faults take more.")] = 12_000,
     storage: Annotated[str, typer.Option(help="Where the output goes: s3 or disk.")] = "s3",
     only: Annotated[list[str] | None, typer.Option(help="Of faults, these alone.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
