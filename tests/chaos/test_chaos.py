@@ -63,6 +63,7 @@ def check_rows(told, rows):
     assert told["rows"] == rows
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_run_and_costs_no_row(tmp_path):
     if subprocess.run(["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True).returncode:
         pytest.skip("this process may not mount a small disk")

@@ -168,6 +168,7 @@ def bring_up(api, config):
         assert application.get("status") not in ("DEPLOY_FAILED", "UNHEALTHY"), application["message"]
 
 
+@pytest.mark.slow
 def test_the_endpoint_comes_up_behind_haproxy_and_rays_token_opens_nothing_there(endpoint, addresses, token_file):
     triple = Triple("What is the capital of China?", "Beijing.", "Shanghai.")
     with RewardClient(endpoint, token=CALLERS_TOKEN) as client:
@@ -202,6 +203,7 @@ def test_a_training_run_is_submitted_runs_and_leaves_a_checkpoint(addresses, wit
     assert json.loads((tmp_path / "tuned" / "receipt.json").read_text())["config"]["max_steps"] == 1
 
 
+@pytest.mark.slow
 def test_no_text_and_no_token_is_in_any_log_of_the_cluster(addresses, endpoint, started, token_file):
     finish(started[1]["score"])
     triples = [json.loads(line) for line in (PROJECT / "jobs" / "demo" / "triples.jsonl").read_text().splitlines()]

@@ -282,6 +282,7 @@ def finish(run: subprocess.Popen) -> dict:
     return json.loads(printed)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_follows_the_same_trajectory(trained, base, pairs, tmp_path):
     run = start(base, pairs, tmp_path / "out", workers=2)
     wait_for_a_checkpoint(run, tmp_path / "out")
