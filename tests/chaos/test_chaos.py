@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PROJECT = Path(__file__).parents[2]
 DEADLINE_S = 280
@@ -39,16 +39,6 @@ def of_faults(*names):
 
 
 @pytest.mark.s3
-def test_a_job_survives_a_lost_node_a_lost_tracker_and_a_store_that_lies_row_for_row(tmp_path):
-    faults = ("kill_tracker", "lose_node", "store_lies")
-    told = result_of("job", "--seed", "5", "--rows", "2500", *of_faults(*faults), folder=tmp_path)
-    check_rows(told, 2500)
-    assert told["faults"] == dict.fromkeys(faults, 1)
-    assert told["runs"] == 1
-
-
-@pytest.mark.slow
-@pytest.mark.s3
 def test_a_job_survives_every_kind_of_fault_row_for_row(tmp_path):
     told = result_of("job", "--seed", "5", "--faults", "10", "--rows", "6000", folder=tmp_path)
     check_rows(told, 6000)
@@ -63,7 +53,6 @@ def check_rows(told, rows):
     assert told["rows"] == rows
 
 
-@pytest.mark.slow
 def test_a_full_disk_ends_a_run_and_costs_no_row(tmp_path):
     if subprocess.run(["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True).returncode:
         pytest.skip("this process may not mount a small disk")
@@ -74,7 +63,6 @@ def test_a_full_disk_ends_a_run_and_costs_no_row(tmp_path):
     assert "cannot be written" in told["errors"][0]
 
 
-@pytest.mark.slow
 def test_an_endpoint_survives_every_kind_of_fault_and_answers_every_caller(tmp_path):
     told = result_of("endpoint", "--seed", "5", "--faults", "9", folder=tmp_path)
     assert told["rows_asked"] == told["rows_answered"] > 1000
@@ -83,7 +71,6 @@ def test_an_endpoint_survives_every_kind_of_fault_and_answers_every_caller(tmp_p
     assert set(told["faults"].values()) == {1}
 
 
-@pytest.mark.slow
 def test_a_cluster_without_workers_grows_for_a_job_and_for_an_endpoint_and_is_empty_again(tmp_path):
     told = result_of("growth", folder=tmp_path)
     assert told["workers_at_the_start"] == 0

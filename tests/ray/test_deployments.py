@@ -19,7 +19,7 @@ from polar_ray.deployment.render import SETTINGS, render
 from polar_ray.errors import Unauthorized
 from tests.support.token_cluster import free_ports
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PROJECT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -168,7 +168,6 @@ def bring_up(api, config):
         assert application.get("status") not in ("DEPLOY_FAILED", "UNHEALTHY"), application["message"]
 
 
-@pytest.mark.slow
 def test_the_endpoint_comes_up_behind_haproxy_and_rays_token_opens_nothing_there(endpoint, addresses, token_file):
     triple = Triple("What is the capital of China?", "Beijing.", "Shanghai.")
     with RewardClient(endpoint, token=CALLERS_TOKEN) as client:
@@ -186,7 +185,6 @@ def test_a_corpus_job_is_submitted_runs_and_leaves_rewards(started):
     assert pq.read_table(started[0] / "scored")["reward_status"].to_pylist() == ["ok"] * 43
 
 
-@pytest.mark.slow
 def test_a_training_run_is_submitted_runs_and_leaves_a_checkpoint(addresses, with_token, tmp_path):
     training_run = manifest(
         "train",
@@ -203,7 +201,6 @@ def test_a_training_run_is_submitted_runs_and_leaves_a_checkpoint(addresses, wit
     assert json.loads((tmp_path / "tuned" / "receipt.json").read_text())["config"]["max_steps"] == 1
 
 
-@pytest.mark.slow
 def test_no_text_and_no_token_is_in_any_log_of_the_cluster(addresses, endpoint, started, token_file):
     finish(started[1]["score"])
     triples = [json.loads(line) for line in (PROJECT / "jobs" / "demo" / "triples.jsonl").read_text().splitlines()]

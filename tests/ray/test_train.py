@@ -215,6 +215,7 @@ def assert_all_is_free():
     assert states <= {"REMOVED"}
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_alone_leaves_nothing_and_goes_on(trained, cluster, base, pairs, tmp_path):
     """On two workers that divide the weights among them, whose trajectory is that of one."""
     config = TrainConfig(model=str(base), workers=2, parallel="fsdp", **SETTINGS)
