@@ -1,0 +1,486 @@
+"""Adds to a trained checkpoint what training does not teach it: to compare how two answers are written.
+
+Shares of some kinds of pieces in the two halves (Burrows's Delta), how many different pieces they have in common, how
+long they are and whether both were finished tell better whether one policy wrote both than the reward of a small model
+does, and training washes out heads that measure them. So they are added afterwards, in heads, units and components of
+the residual stream of their own, which the trained part neither reads nor writes:
+
+    reward = the trained model's + STYLE_FACTOR * log odds of one policy, by style
+
+The log odds are a logistic model's, fitted on pairs that are not held out. No weight is trained by gradient.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import typer
+from numpy.typing import NDArray
+from safetensors.torch import save
+from sklearn.linear_model import LogisticRegression
+from sources import held_out
+from torch import Tensor
+
+from polar_ray.config import LimitsConfig
+from polar_ray.encoding.encode import EncodedTriple, Encoder
+from polar_ray.encoding.tokenizer import PolarTokenizer
+from polar_ray.errors import TripleError
+from polar_ray.model.architecture import CheckpointConfig, merge_wqkv, split_wqkv
+from polar_ray.model.checkpoint import Checkpoint
+from polar_ray.model.polar import load_polar
+from polar_ray.triples import PreferencePair
+
+HEADS_ADDED = 2
+"""Of every layer, each with keys and values of its own. Trained heads that shared theirs get a copy each."""
+
+INNER_SIZE = 320
+"""Units of a feed-forward, the added ones among them: what the wider stream costs is saved here."""
+
+STYLE_FACTOR = 3.0
+"""At 2 to 7, 72 % or more of held-out same-policy pairs are right; at 5 GSM8K loses 3 points, at 3 less than one."""
+
+MARKS = {"comma": ",", "stop": ".", "quote": "'", "star": "*", "dash": "-", "call": "!", "double": '"', "colon": ":"}
+WORDS = (
+    "and And",
+    "the The",
+    "that which That",
+    "of",
+    "or Or",
+    "help assist happy please Please sorry Sorry",
+    "this This these These",
+    "to To",
+    "if If",
+    "AI language model",
+    "so So also Also",
+    "you You your Your",
+    "a A an An",
+    "is are Is was were",
+    "be been being",
+)
+"""Kinds of pieces whose shares are compared, beside those with a mark in them and empty lines: of 67 that a person
+would think of, the ones that a greedy search on training pairs took first."""
+
+FINISHED = ".!?\"')`"
+"""How the last piece of an answer ends that was not cut at its limit."""
+
+EXAMPLES_TO_PRUNE_BY = 800
+LONGEST_EXAMPLE = 450
+"""Tokens."""
+
+UNITS_DROPPED_AT_ONCE = 16
+
+# Components added to the residual stream; from its old width on. `KINDS` of the last token come to be differences.
+CODE = range(12)
+WORD, PLACE, SECOND, SEPARATOR, SCORE, START, FINISH, ENDING, NEW, MATCH, UNSEEN, STYLE = range(12, 24)
+NEW_SHARE, LONGER, ENDED, PRESENT, PRESENT_SHARE = range(24, 29)
+KINDS = range(30, 30 + 1 + len(MARKS) + len(WORDS))
+COMPONENTS = 64
+
+UNIT = 0.1
+"""Size of an added component: small beside the trained ones, whose norm must stay what it was. The added entries of a
+norm's weight make up for it, so that heads and units see about 1."""
+
+BEFORE_ATTENTION = (0.553, 0.985, 1.62, 2.547)
+BEFORE_FEED_FORWARD = (1.16, 1.5, 3.295, 4.033)
+BEFORE_HEAD = 4.59
+"""Root mean squares of the trained model's residual stream, of the tokens that the added parts of a layer read."""
+
+START_TOKEN = 1.6
+"""The same before the second layer's attention, of the first token: it is the same in every sequence."""
+
+AT_SEPARATOR = 1.48
+"""How much of an ending a norm that is larger at the separator leaves the last layer's head."""
+
+COMMON = {NEW_SHARE: 0.878, PRESENT_SHARE: -0.198, LONGER: 0.174}
+"""Share of all tokens that are the second half's first of a piece which the first half has too, from what the last
+layer's head takes the mean of; fitted on 60 training pairs. A token's norm scales what it is counted as."""
+
+NEAR, LOOK_BACK, ALIKE, FIRST_HALF, ONLY, LAST = 16.0, 12.0, 60.0, 6.0, -16.0, -14.0
+"""Logits."""
+
+SLOW = (9, 10, 11, 12, 13, 14)
+SLOWEST = 15
+"""Rotary frequencies that hardly turn over a thousand tokens, and the one that does not in any text."""
+
+FAST = 6
+
+
+@dataclass(frozen=True)
+class Style:
+    """The logistic model. Its features are negative: the more the halves differ, the lower."""
+
+    kinds: NDArray[np.float64]
+    spread: NDArray[np.float64]
+    """What a difference of shares is divided by, kind by kind."""
+
+    common: float
+    longer: float
+    shorter: float
+    square: float
+    ended: float
+
+
+@dataclass(frozen=True)
+class Half:
+    """What is counted of one half, which is prompt and answer without the tokens of the frame."""
+
+    kinds: NDArray[np.float64]
+    pieces: frozenset[int]
+    tokens: int
+    ended: bool
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One unit of a feed-forward: added component to weight."""
+
+    gate: Mapping[int, float]
+    up: Mapping[int, float]
+    down: Mapping[int, float]
+
+
+@dataclass
+class Heads:
+    """Weights of a layer's attention while it grows, `[heads, head_dim, width]`, of `mixed` `[width, heads, head_dim]`.
+
+    Components are counted from `base`."""
+
+    base: int
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    mixed: Tensor
+    used: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def scale(self) -> float:
+        return math.sqrt(self.keys.shape[1])
+
+    def attend(self, head: int, place: int, logit: float, asked_by: int, keys: Mapping[int, float]) -> None:
+        """Add a logit of tokens with the components `keys`, for tokens with `asked_by`, by one place in the head."""
+        self.queries[head, place, self.base + asked_by] = logit * self.scale
+        for component, factor in keys.items():
+            self.keys[head, place, self.base + component] = factor
+
+    def carry(self, head: int, read: Mapping[int, float], write: int, factor: float = 1.0) -> None:
+        """Let a head add `factor` times the mean of a sum of components to the component `write`."""
+        place = self.used.get(head, 0)
+        self.used[head] = place + 1
+        for component, share in read.items():
+            self.values[head, place, self.base + component] = share
+        self.mixed[self.base + write, head, place] = factor * UNIT
+
+
+def kinds_of(pieces: Sequence[str]) -> NDArray[np.float64]:
+    """Which kinds each piece is of, `[pieces, kinds]`, 0 or 1."""
+    texts = [piece.replace("\u2581", " ") for piece in pieces]
+    bare = [text.strip(" ") for text in texts]
+    empty_line = [text.count("\n") >= 2 for text in texts]
+    marks = [[mark in text for text in bare] for mark in MARKS.values()]
+    words = [[text in kind.split() for text in bare] for kind in WORDS]
+    return np.array([empty_line, *marks, *words], dtype=np.float64).T
+
+
+def endings_of(pieces: Sequence[str]) -> NDArray[np.bool_]:
+    """Of each piece, whether an answer that ends with it looks finished."""
+    return np.array([bool(bare) and bare[-1] in FINISHED for bare in (piece.strip("\u2581 ") for piece in pieces)])
+
+
+class Counter:
+    """Counts halves of encoded pairs, as the added heads do."""
+
+    def __init__(self, tokenizer: PolarTokenizer) -> None:
+        pieces = [tokenizer.piece(id) for id in range(tokenizer.vocab_size)]
+        ordinary = ~tokenizer.is_control
+        self.kinds = kinds_of(pieces) * ordinary[:, None]
+        self.endings = endings_of(pieces) & ordinary
+
+    def halves(self, encoded: EncodedTriple) -> tuple[Half, Half]:
+        ids, middle = encoded.ids, encoded.halfway
+        return self._count(ids[1 : middle - 1]), self._count(ids[middle:-1])
+
+    def _count(self, ids: NDArray[np.int32]) -> Half:
+        ended = bool(len(ids)) and bool(self.endings[ids[-1]])
+        return Half(self.kinds[ids].sum(0), frozenset(ids.tolist()), len(ids), ended)
+
+
+def measure(first: Half, second: Half) -> NDArray[np.float64]:
+    """Differences of the shares of kinds; common pieces; the second half's share of all tokens; endings' difference."""
+    before, after = first.tokens + 1, second.tokens + 2  # with the frame: one token before, separator and score
+    shares = second.kinds / after - first.kinds / before
+    common = len(first.pieces & second.pieces) / (before + after)
+    return np.array([*shares, common, after / (before + after) - 0.5, float(first.ended != second.ended)])
+
+
+def fit(pairs: Sequence[tuple[EncodedTriple, EncodedTriple]], counter: Counter) -> Style:
+    """The logistic model of which output is by the policy that wrote the reference."""
+    chosen, rejected = (np.array([measure(*counter.halves(pair[side])) for pair in pairs]) for side in (0, 1))
+    spread = np.abs(chosen[:, : len(KINDS)]).mean(0) * 1.25 + 1e-9
+
+    def features(measured: NDArray[np.float64]) -> NDArray[np.float64]:
+        kinds, (common, length, ended) = measured[:, : len(KINDS)] / spread, measured[:, len(KINDS) :].T
+        columns = (common, -np.maximum(0, length), -np.maximum(0, -length), -(length**2), -ended)
+        return np.column_stack([-kinds * np.tanh(2 * kinds), *columns])
+
+    differences = features(chosen) - features(rejected)
+    scales = differences.std(0) + 1e-12
+    model = LogisticRegression(fit_intercept=False, C=0.01, max_iter=300)
+    model.fit(np.vstack([differences, -differences]) / scales, np.repeat([1, 0], len(differences)))
+    weights = model.coef_[0] / scales
+    print(f"{(differences @ weights > 0).mean():.1%} of {len(pairs):,} training pairs by style alone")
+    return Style(weights[: len(KINDS)], spread, *map(float, weights[len(KINDS) :]))
+
+
+def prune(products: Tensor, down: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """Which units of a feed-forward to keep, and the `[width, kept]` weights that then come nearest to what it gave.
+
+    `products` are mean products of the units' values, `[units, units]`. Least squares, backwards: the units go whose
+    loss the others make up for best.
+    """
+    ridge = 1e-5 * products.diagonal().mean()
+    wanted = products @ down.double().T
+    units = torch.arange(len(products))
+    while True:
+        inverse = torch.linalg.inv(products[units][:, units] + ridge * torch.eye(len(units)))
+        refitted = inverse @ wanted[units]
+        if len(units) == kept:
+            return units, refitted.T.float()
+        loss = refitted.square().sum(1) / inverse.diagonal()
+        units = units[loss.argsort()[min(UNITS_DROPPED_AT_ONCE, len(units) - kept) :].sort().values]
+
+
+@torch.inference_mode()
+def unit_products(folder: Path, sequences: Sequence[NDArray[np.int32]]) -> list[Tensor]:
+    """Mean products of the units' values in every layer: over all tokens, in the last layer over the last ones."""
+    model = load_polar(folder, dtype=torch.float32)
+    layers = model.model.layers
+    sums = [torch.zeros(layer.mlp.down_proj.in_features, layer.mlp.down_proj.in_features).double() for layer in layers]
+    counts = [0] * len(layers)
+
+    def add(number: int, values: Tensor) -> None:
+        rows = values[0, -1:] if number == len(layers) - 1 else values[0]
+        sums[number] += (rows.T @ rows).double()
+        counts[number] += len(rows)
+
+    for number, layer in enumerate(layers):
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, inputs, number=number: add(number, inputs[0]))
+    for ids in sequences:
+        model(torch.from_numpy(ids.astype(np.int64))[None])
+    return [total / count for total, count in zip(sums, counts, strict=True)]
+
+
+def added_units(layer: int, style: Style) -> list[Unit]:
+    """What a layer's feed-forward computes from added components.
+
+    The second layer's: tokens that match (`MATCH`), are of the second half, and whose piece it had not had before
+    (`UNSEEN` is 1 / 2 for the first, 1 / 3 for the second); and, to compare with, any of the second half. The third's
+    and fourth's are read at the last token, where two units with opposite gates are a soft absolute value.
+    """
+    if layer == 1:
+        start = {UNSEEN: 150.0, WORD: -0.41 * 150 - 30, MATCH: 30.0, SECOND: 150.0, PLACE: -150.0}
+        full = start | {WORD: start[WORD] - 6}
+        present = {WORD: 6.0, SECOND: 150.0, PLACE: -150.0}
+        word = {WORD: 1.0}
+        return [Unit(start, word, {NEW: 1 / 6}), Unit(full, word, {NEW: -1 / 6}), Unit(present, word, {PRESENT: 1 / 6})]
+    if layer == 2:
+        return [
+            Unit({kind: sign * 4 / float(spread)}, {PLACE: 1.0}, {STYLE: -float(weight) / 4})
+            for kind, spread, weight in zip(KINDS, style.spread, style.kinds, strict=True)
+            for sign in (1, -1)
+        ]
+    if layer == 3:
+        sides = ((1, style.longer), (-1, style.shorter))
+        return [
+            *(Unit({LONGER: sign * 60.0}, {PLACE: 1.0}, {STYLE: -weight / 60}) for sign, weight in sides),
+            *(Unit({LONGER: sign * 20.0}, {LONGER: sign}, {STYLE: -style.square / 20}) for sign in (1.0, -1.0)),
+            *(
+                Unit({ENDING: sign * 12.0, ENDED: sign * 12.0}, {PLACE: 1.0}, {STYLE: -style.ended / 12})
+                for sign in (1, -1)
+            ),
+        ]
+    return []
+
+
+def add_heads(layer: int, heads: Heads, one: int, two: int, config: CheckpointConfig, separator_rms: float) -> None:
+    """Set the weights of a layer's added heads `one` and `two`, in place.
+
+    1. Who sees the separator is of the second half; and how the token before ends.
+    2. Like tokens: whether the first half has any; and how many the second had so far, against the first token's one.
+    3. From the last token, the shares of kinds in either half.
+    4. Means over all tokens; and from the last token, how the first half ended.
+    """
+    if layer == 0:
+        heads.attend(one, SLOWEST, NEAR, PLACE, {SEPARATOR: 1.0})
+        heads.carry(one, {SEPARATOR: 1.0}, SECOND, separator_rms / BEFORE_ATTENTION[0])
+        amplitude = math.sqrt(LOOK_BACK * heads.scale)
+        size = config.head_dim
+        for place in range(FAST):
+            turn = -(config.rope_theta ** (-2 * place / size))
+            for asked_by in (WORD, SEPARATOR, SCORE):
+                heads.queries[two, place, heads.base + asked_by] = amplitude * math.cos(turn)
+                heads.queries[two, place + size // 2, heads.base + asked_by] = amplitude * math.sin(turn)
+            heads.keys[two, place, heads.base + WORD] = amplitude
+        heads.carry(two, {FINISH: 1.0}, ENDING)
+    elif layer == 1:
+        half = config.head_dim // 2
+        for head in (one, two):
+            for component, place in zip(CODE, (*SLOW, *(slow + half for slow in SLOW)), strict=True):
+                heads.attend(head, place, ALIKE, component, {component: 1.0})
+            heads.attend(head, SLOWEST, -ALIKE, WORD, {WORD: 1.0, SEPARATOR: 1.0})
+        heads.attend(one, SLOWEST + half, FIRST_HALF, WORD, {PLACE: 1.0, SECOND: -1.0})
+        heads.carry(one, {PLACE: 1.0, SECOND: -1.0}, MATCH)
+        heads.attend(two, SLOWEST + half, ONLY, WORD, {PLACE: 1.0, SECOND: -1.0})
+        heads.carry(two, {START: 1.0}, UNSEEN, START_TOKEN / BEFORE_ATTENTION[1])
+    elif layer == 2:
+        place = SLOWEST + config.head_dim // 2
+        heads.attend(one, place, LAST, SCORE, {SECOND: 1.0})
+        heads.attend(two, place, LAST, SCORE, {PLACE: 1.0, SECOND: -1.0, START: 1.0})
+        for kind in KINDS:
+            heads.carry(one, {kind: 1.0}, kind, -1.0)
+            heads.carry(two, {kind: 1.0}, kind)
+    elif layer == 3:
+        heads.carry(one, {NEW: 1.0}, NEW_SHARE)
+        heads.carry(one, {SECOND: 1.0, PLACE: -0.5}, LONGER)
+        heads.carry(one, {PRESENT: 1.0}, PRESENT_SHARE)
+        heads.attend(two, SLOWEST + config.head_dim // 2, -LAST, SCORE, {SEPARATOR: 1.0})
+        heads.carry(two, {ENDING: 1.0}, ENDED, -AT_SEPARATOR)
+
+
+def widen(
+    checkpoint: Checkpoint, tokenizer: PolarTokenizer, counter: Counter, style: Style, products: Sequence[Tensor]
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """All tensors of the widened model, and the numbers of its config that changed."""
+    config, base = checkpoint.config, checkpoint.config.hidden_size
+    width, size, shrink = base + COMPONENTS, config.head_dim, math.sqrt(base / (base + COMPONENTS))
+    n_heads = config.num_attention_heads + HEADS_ADDED
+    if n_heads * size != width:
+        raise ValueError(f"{n_heads} heads of {size} are not {width}: this is not the model that the numbers are for")
+    new = {"hidden_size": width, "intermediate_size": INNER_SIZE}
+    new |= {"num_attention_heads": n_heads, "num_key_value_heads": n_heads}
+
+    def read(name: str) -> Tensor:
+        return checkpoint.read(f"{name}.weight", torch.float32, "cpu")
+
+    def norm(name: str, usual: float) -> Tensor:
+        return torch.cat([read(name), torch.full((COMPONENTS,), usual / UNIT)]) * shrink
+
+    embedding = read("model.tok_embeddings")
+    weights = {"model.tok_embeddings.weight": _embeddings(embedding, tokenizer, counter)}
+    separator_rms = float(embedding[tokenizer.separator_id].square().mean().sqrt())
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        parts = split_wqkv(read(f"{prefix}.attention.wqkv"), config)
+        per_head = (1, config.queries_per_key, config.queries_per_key)
+        grown = [torch.zeros(n_heads, size, width) for _ in parts]
+        for target, part, times in zip(grown, parts, per_head, strict=True):
+            target[:-HEADS_ADDED, :, :base] = part.view(-1, size, base).repeat_interleave(times, 0)
+        mixed = torch.zeros(width, n_heads, size)
+        mixed[:base, :-HEADS_ADDED] = read(f"{prefix}.attention.wo").view(base, -1, size)
+        heads = Heads(base, grown[0], grown[1], grown[2], mixed)
+        add_heads(layer, heads, n_heads - 2, n_heads - 1, config, separator_rms)
+        units = added_units(layer, style)
+        kept, down = prune(products[layer], read(f"{prefix}.feed_forward.w2"), INNER_SIZE - len(units))
+        gate, up = torch.zeros(2, INNER_SIZE, width)
+        back = torch.zeros(width, INNER_SIZE)
+        gate[: len(kept), :base] = read(f"{prefix}.feed_forward.w1")[kept]
+        up[: len(kept), :base] = read(f"{prefix}.feed_forward.w3")[kept]
+        back[:base, : len(kept)] = down
+        for place, unit in enumerate(units, len(kept)):
+            for matrix, row in ((gate, unit.gate), (up, unit.up)):
+                for component, weight in row.items():
+                    matrix[place, base + component] = weight
+            for component, weight in unit.down.items():
+                back[base + component, place] = weight * UNIT
+        flat = [part.reshape(-1, width) for part in (heads.queries, heads.keys, heads.values)]
+        weights |= {
+            f"{prefix}.attention_norm.weight": norm(f"{prefix}.attention_norm", BEFORE_ATTENTION[layer]),
+            f"{prefix}.attention.wqkv.weight": merge_wqkv(flat[0], flat[1], flat[2], config.model_copy(update=new)),
+            f"{prefix}.attention.wo.weight": mixed.reshape(width, -1),
+            f"{prefix}.ffn_norm.weight": norm(f"{prefix}.ffn_norm", BEFORE_FEED_FORWARD[layer]),
+            f"{prefix}.feed_forward.w1.weight": gate,
+            f"{prefix}.feed_forward.w3.weight": up,
+            f"{prefix}.feed_forward.w2.weight": back,
+        }
+    head = torch.cat([read("v_head"), torch.zeros(1, COMPONENTS)], 1)
+    head[0, base + STYLE] = STYLE_FACTOR
+    for component, factor in COMMON.items():
+        head[0, base + component] = STYLE_FACTOR * style.common * factor
+    return weights | {"model.norm.weight": norm("model.norm", BEFORE_HEAD), "v_head.weight": head}, new
+
+
+def _embeddings(trained: Tensor, tokenizer: PolarTokenizer, counter: Counter) -> Tensor:
+    """The trained embeddings with what a token is known by: a code of its own, its kinds, its place in the frame."""
+    added = torch.zeros(len(trained), COMPONENTS)
+    code = torch.randn(len(trained), len(CODE), generator=torch.Generator().manual_seed(0))
+    added[:, CODE.start : CODE.stop] = code / code.norm(dim=1, keepdim=True)
+    added[:, [WORD, PLACE]] = 1.0
+    added[: tokenizer.vocab_size, FINISH] = torch.from_numpy(counter.endings).float()
+    added[: tokenizer.vocab_size, KINDS.start : KINDS.stop] = torch.from_numpy(counter.kinds).float()
+    for id, marks in (
+        (tokenizer.bos_id, [START]),
+        (tokenizer.separator_id, [SEPARATOR, PLACE]),
+        (tokenizer.score_id, [SCORE, PLACE]),
+    ):
+        added[id] = 0
+        added[id, marks] = 1.0
+    return torch.cat([trained, added * UNIT], 1)
+
+
+def same_policy_pairs(data: Path) -> Iterator[PreferencePair]:
+    """The pairs of polar_pairs.parquet that are not held out."""
+    texts = pq.read_table(data / "multi_policy.parquet", columns=["prompt", "output"]).to_pylist()
+    for row in pq.read_table(data / "polar_pairs.parquet").to_pylist():
+        reference, chosen, rejected = (texts[row[f"{part}_row"]] for part in ("reference", "chosen", "rejected"))
+        outputs = [reference["output"], chosen["output"], rejected["output"]]
+        if not held_out(row["prompt_id"]) and all(map(str.strip, outputs)) and outputs[1] != outputs[2]:
+            yield PreferencePair(reference["prompt"], outputs[0], outputs[1], outputs[2], wrapper="pretrain")
+
+
+def encode(pairs: Sequence[PreferencePair], encoder: Encoder) -> list[tuple[EncodedTriple, EncodedTriple]]:
+    return [pair for pair in encoder.encode_pairs(pairs) if not isinstance(pair, TripleError)]
+
+
+def examples(pairs: Path, encoder: Encoder) -> list[NDArray[np.int32]]:
+    """Sequences of a file of pairs, in an order of their own, chosen and rejected in turn."""
+    rows: list[dict[str, Any]] = pq.read_table(pairs).to_pylist()
+    drawn = [rows[place] for place in np.random.default_rng(0).permutation(len(rows))[: 3 * EXAMPLES_TO_PRUNE_BY]]
+    names = ("prompt", "reference", "chosen", "rejected", "wrapper")
+    encoded = encode([PreferencePair(**{name: row[name] for name in names}) for row in drawn], encoder)
+    sequences = [pair[number % 2].ids for number, pair in enumerate(encoded)]
+    return [ids for ids in sequences if len(ids) <= LONGEST_EXAMPLE][:EXAMPLES_TO_PRUNE_BY]
+
+
+def main(
+    trained: Annotated[Path, typer.Argument(help="Checkpoint to widen.", exists=True, file_okay=False)],
+    data: Annotated[Path, typer.Option(help="Folder of the public data.", exists=True, file_okay=False)],
+    pairs: Annotated[Path, typer.Option(help="Pairs of its last stage, to prune by.", exists=True, dir_okay=False)],
+    output: Annotated[Path, typer.Option(help="Folder to write.", file_okay=False)],
+) -> None:
+    """Write the widened checkpoint, in bfloat16."""
+    checkpoint, tokenizer = Checkpoint.open(trained), PolarTokenizer(trained)
+    encoder, counter = Encoder(tokenizer, LimitsConfig()), Counter(tokenizer)
+    style = fit(encode(list(same_policy_pairs(data)), encoder), counter)
+    products = unit_products(trained, examples(pairs, encoder))
+    weights, changed = widen(checkpoint, tokenizer, counter, style, products)
+    output.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copyfile(trained / name, output / name)
+    config = json.loads((trained / "config.json").read_text()) | changed | {"torch_dtype": "bfloat16"}
+    (output / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in weights.items()}
+    content = save(tensors, metadata={"format": "pt"})
+    (output / "model.safetensors").write_bytes(content)
+    print(f"{sum(tensor.numel() for tensor in tensors.values()):,} parameters, {len(content) / 1e6:.1f} MB in {output}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
