@@ -50,10 +50,8 @@ def local_cluster(nodes: int, cpus: int) -> Iterator[str]:
         cluster.shutdown()
 
 
-def run_job(corpus: Path, output: Path, address: str, settings: list[str]) -> dict[str, Any]:
-    """Score the corpus in a process of its own; its summary, and its memory in MiB over the seconds since its start."""
-    command = [sys.executable, "-m", "polar_ray", "score", str(corpus), "--output", str(output), "--json"]
-    command += ["--engine", "fake", *(f"--set={setting}" for setting in settings)]
+def run_job(command: list[str], output: Path, address: str) -> dict[str, Any]:
+    """Run the job in a process of its own; its summary, and its memory in MiB over the seconds since its start."""
     started = time.monotonic()
     job = subprocess.Popen(command, env={**os.environ, "RAY_ADDRESS": address}, stdout=subprocess.PIPE, text=True)
     driver, samples = psutil.Process(job.pid), []
@@ -108,11 +106,9 @@ def busy_seconds() -> float:
     return float(times.user + times.nice + times.system + times.irq + times.softirq)
 
 
-def resume(corpus: Path, output: Path, address: str, settings: list[str]) -> float:
+def resume(command: list[str], address: str) -> float:
     """Seconds of the same command on a job that is finished: all that a resumed job does before and after its work."""
     started = time.monotonic()
-    command = [sys.executable, "-m", "polar_ray", "score", str(corpus), "--output", str(output), "--json"]
-    command += ["--engine", "fake", *(f"--set={setting}" for setting in settings)]
     subprocess.run(command, env={**os.environ, "RAY_ADDRESS": address}, stdout=subprocess.DEVNULL, check=True)
     return time.monotonic() - started
 
@@ -148,18 +144,29 @@ def main(
 ) -> None:
     """Score a synthetic corpus with the fake engine and report what everything around a model costs."""
     notes = Console(stderr=True)
-    settings = [f"actors={actors}", f"unit_rows={unit_rows}", "engine.device=cpu"]
+    settings = [f"--set=actors={actors}", f"--set=unit_rows={unit_rows}", "--set=engine.device=cpu", "--engine=fake"]
     with tempfile.TemporaryDirectory(prefix="scale-") as folder:
         corpus, scored = Path(folder, "in"), Path(folder, "out")
         started = time.monotonic()
         faults = Corpus(rows, length=length).write(corpus)
         notes.print(f"corpus: {rows} rows in {time.monotonic() - started:.0f} s")
+        command = [
+            sys.executable,
+            "-m",
+            "polar_ray",
+            "score",
+            str(corpus),
+            "--output",
+            str(scored),
+            "--json",
+            *settings,
+        ]
         with local_cluster(nodes, max(1, actors // nodes)) as address:
             before = busy_seconds()
-            job = run_job(corpus, scored, address, settings)
+            job = run_job(command, scored, address)
             spent = busy_seconds() - before
             notes.print(f"scored in {job['summary']['seconds']:.0f} s")
-            resumed = resume(corpus, scored, address, settings)
+            resumed = resume(command, address)
             notes.print(f"the same command again: {resumed:.1f} s")
         steps = bound(scored)
     least = sum(steps.values())

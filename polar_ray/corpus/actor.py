@@ -16,7 +16,7 @@ from polar_ray.corpus.manifest import Manifest, load_manifest
 from polar_ray.corpus.storage import Location
 from polar_ray.corpus.summary import UnitReport, report_unit
 from polar_ray.corpus.tracker import MAIN, Assignment, Verdict
-from polar_ray.corpus.units import read_report, read_unit, write_unit
+from polar_ray.corpus.units import read_report, read_unit, read_written_report, write_unit
 from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.errors import (
     CheckpointError,
@@ -153,7 +153,7 @@ class ScoringActor:
                     return self._score_unit(index, who)
             self._tell_finished(index, who, committed)  # by another actor, or by this task's first try
         except _DoneElsewhere:
-            return self._report_of(index)
+            return read_written_report(self._task.output, self._manifest, index)
         except ProcessCrashed:  # a process of the engine's: as if it was this one, so that the rows are looked into
             os._exit(1)
         except PolarRayError as error:
@@ -162,12 +162,6 @@ class ScoringActor:
         finally:
             self._tracing.flush()  # Ray ends an actor that has no unit left without asking
         return committed
-
-    def _report_of(self, index: int) -> UnitReport:
-        report = read_report(self._task.output, self._manifest, index)
-        if report is None:
-            raise JobError(f"{self._manifest.describe(index)}: its file vanished; run the same command again")
-        return report
 
     def _score_unit(self, index: int, who: str) -> UnitReport:
         started = time.perf_counter()

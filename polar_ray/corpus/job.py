@@ -33,10 +33,10 @@ from polar_ray.corpus.report import ReportFacts, write_report
 from polar_ray.corpus.run import Job, run_units
 from polar_ray.corpus.storage import Location
 from polar_ray.corpus.summary import UnitReport
-from polar_ray.corpus.units import read_report, read_sample
+from polar_ray.corpus.units import read_sample, read_written_report
 from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.engines.build import refuse_unsupported, resolve_engine
-from polar_ray.errors import ConfigError, JobError, TooManyFailures
+from polar_ray.errors import ConfigError, TooManyFailures
 from polar_ray.model.locate import absolute_model, is_untrained, locate_model
 from polar_ray.receipts import build_receipt
 
@@ -237,9 +237,7 @@ def _add_up(job: Job, account: Account, progress: JobProgress) -> None:
     """Complete the account by the reports in files that this run did not write, or did not hear of."""
 
     def read(index: int) -> tuple[int, UnitReport]:
-        report = read_report(job.output, job.manifest, index)
-        if report is None:
-            raise JobError(f"{job.manifest.describe(index)}: its file vanished; run the same command again")
+        report = read_written_report(job.output, job.manifest, index)
         on_unit()
         return index, report
 

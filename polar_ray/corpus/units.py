@@ -22,7 +22,7 @@ from polar_ray.corpus.inputs import Contents, InputFile, Slice, examine, list_in
 from polar_ray.corpus.manifest import Manifest, ManifestFile
 from polar_ray.corpus.storage import Location
 from polar_ray.corpus.summary import UnitReport
-from polar_ray.errors import InputError, OutputError, TripleError
+from polar_ray.errors import InputError, JobError, OutputError, TripleError
 from polar_ray.triples import Scored, Triple
 
 RECEIPT_KEY = b"polar_ray.receipt"
@@ -137,6 +137,14 @@ def read_report(output: Location, manifest: Manifest, index: int) -> UnitReport 
     if metadata.get(JOB_ID_KEY) != manifest.job_id.encode():
         raise OutputError(f"{place.url}: was not written by this job; remove it and run the same command again")
     return UnitReport.model_validate_json(metadata[REPORT_KEY])
+
+
+def read_written_report(output: Location, manifest: Manifest, index: int) -> UnitReport:
+    """As `read_report`, of a unit that is done. Raises `JobError` if its file is gone."""
+    report = read_report(output, manifest, index)
+    if report is None:
+        raise JobError(f"{manifest.describe(index)}: its file vanished; run the same command again")
+    return report
 
 
 @contextmanager

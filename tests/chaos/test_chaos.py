@@ -34,10 +34,6 @@ def result_of(module, *arguments, folder):
     return json.loads(answer.read_text())
 
 
-def of_faults(*names):
-    return [word for name in names for word in ("--only", name)]
-
-
 @pytest.mark.s3
 def test_a_job_survives_every_kind_of_fault_row_for_row(tmp_path):
     told = result_of("job", "--seed", "5", "--faults", "10", "--rows", "6000", folder=tmp_path)
@@ -56,7 +52,7 @@ def check_rows(told, rows):
 def test_a_full_disk_ends_a_run_and_costs_no_row(tmp_path):
     if subprocess.run(["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True).returncode:
         pytest.skip("this process may not mount a small disk")
-    told = result_of("job", "--storage", "disk", *of_faults("full_disk"), "--rows", "1500", folder=tmp_path)
+    told = result_of("job", "--storage", "disk", "--only", "full_disk", "--rows", "1500", folder=tmp_path)
     check_rows(told, 1500)
     assert told["faults"] == {"full_disk": 1}
     assert told["runs"] == 2

@@ -1,10 +1,6 @@
 """The same job against a real S3 server: listing, reading, atomic commits, resuming."""
 
-import socket
-import subprocess
-import sys
 import time
-from urllib.request import urlopen
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,6 +10,8 @@ from polar_ray import score_parquet
 from polar_ray.config import ScoreConfig
 from polar_ray.errors import InputError, ManifestConflict
 from tests.ray.conftest import make_table
+from tests.serve.conftest import free_port
+from tests.support.flaky_s3 import flaky_s3
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.usefixtures("cluster")]
 
@@ -22,22 +20,9 @@ CONFIG = ScoreConfig.model_validate({"engine": {"kind": "fake"}, "unit_rows": 8,
 
 @pytest.fixture(scope="module")
 def server():
-    """moto's S3 server on a free port of the loopback."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    address = f"127.0.0.1:{port}"
-    for _ in range(200):
-        try:
-            urlopen(f"http://{address}/").close()
-            break
-        except OSError:
-            time.sleep(0.1)
-    yield address
-    process.kill()
-    process.wait()
+    """The address of an S3 server on the loopback."""
+    with flaky_s3(free_port()) as server:
+        yield server.address
 
 
 @pytest.fixture
