@@ -5,9 +5,10 @@ long they are and whether both were finished tell better whether one policy wrot
 does, and training washes out heads that measure them. So they are added afterwards, in heads, units and components of
 the residual stream of their own, which the trained part neither reads nor writes:
 
-    reward = the trained model's + STYLE_FACTOR * log odds of one policy, by style
+    reward = the trained model's + factor * log odds of one policy, by style
 
-The log odds are a logistic model's, fitted on pairs that are not held out. No weight is trained by gradient.
+The log odds are a logistic model's, fitted on pairs that are not held out; the factor is the one by which most pairs of
+the last stage are right. No weight is trained by gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,9 +26,9 @@ import pyarrow.parquet as pq
 import torch
 import typer
 from numpy.typing import NDArray
+from prune import observe, prune
 from safetensors.torch import save
-from sklearn.linear_model import LogisticRegression
-from sources import held_out
+from style import KIND_COUNT, Counter, Style, fit, same_policy_pairs
 from torch import Tensor
 
 from polar_ray.config import LimitsConfig
@@ -36,7 +37,6 @@ from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.errors import TripleError
 from polar_ray.model.architecture import CheckpointConfig, merge_wqkv, split_wqkv
 from polar_ray.model.checkpoint import Checkpoint
-from polar_ray.model.polar import load_polar
 from polar_ray.triples import PreferencePair
 
 HEADS_ADDED = 2
@@ -45,44 +45,20 @@ HEADS_ADDED = 2
 INNER_SIZE = 320
 """Units of a feed-forward, the added ones among them: what the wider stream costs is saved here."""
 
-STYLE_FACTOR = 3.0
-"""At 2 to 7, 72 % or more of held-out same-policy pairs are right; at 5 GSM8K loses 3 points, at 3 less than one."""
+FACTORS = [number / 2 for number in range(13)]
+"""Of the log odds of style, to choose from."""
 
-MARKS = {"comma": ",", "stop": ".", "quote": "'", "star": "*", "dash": "-", "call": "!", "double": '"', "colon": ":"}
-WORDS = (
-    "and And",
-    "the The",
-    "that which That",
-    "of",
-    "or Or",
-    "help assist happy please Please sorry Sorry",
-    "this This these These",
-    "to To",
-    "if If",
-    "AI language model",
-    "so So also Also",
-    "you You your Your",
-    "a A an An",
-    "is are Is was were",
-    "be been being",
-)
-"""Kinds of pieces whose shares are compared, beside those with a mark in them and empty lines: of 67 that a person
-would think of, the ones that a greedy search on training pairs took first."""
+EXAMPLES = 800
+"""Pairs to prune by, and to choose the factor by."""
 
-FINISHED = ".!?\"')`"
-"""How the last piece of an answer ends that was not cut at its limit."""
-
-EXAMPLES_TO_PRUNE_BY = 800
 LONGEST_EXAMPLE = 450
 """Tokens."""
-
-UNITS_DROPPED_AT_ONCE = 16
 
 # Components added to the residual stream; from its old width on. `KINDS` of the last token come to be differences.
 CODE = range(12)
 WORD, PLACE, SECOND, SEPARATOR, SCORE, START, FINISH, ENDING, NEW, MATCH, UNSEEN, STYLE = range(12, 24)
 NEW_SHARE, LONGER, ENDED, PRESENT, PRESENT_SHARE = range(24, 29)
-KINDS = range(30, 30 + 1 + len(MARKS) + len(WORDS))
+KINDS = range(30, 30 + KIND_COUNT)
 COMPONENTS = 64
 
 UNIT = 0.1
@@ -112,31 +88,6 @@ SLOWEST = 15
 """Rotary frequencies that hardly turn over a thousand tokens, and the one that does not in any text."""
 
 FAST = 6
-
-
-@dataclass(frozen=True)
-class Style:
-    """The logistic model. Its features are negative: the more the halves differ, the lower."""
-
-    kinds: NDArray[np.float64]
-    spread: NDArray[np.float64]
-    """What a difference of shares is divided by, kind by kind."""
-
-    common: float
-    longer: float
-    shorter: float
-    square: float
-    ended: float
-
-
-@dataclass(frozen=True)
-class Half:
-    """What is counted of one half, which is prompt and answer without the tokens of the frame."""
-
-    kinds: NDArray[np.float64]
-    pieces: frozenset[int]
-    tokens: int
-    ended: bool
 
 
 @dataclass(frozen=True)
@@ -178,104 +129,6 @@ class Heads:
         for component, share in read.items():
             self.values[head, place, self.base + component] = share
         self.mixed[self.base + write, head, place] = factor * UNIT
-
-
-def kinds_of(pieces: Sequence[str]) -> NDArray[np.float64]:
-    """Which kinds each piece is of, `[pieces, kinds]`, 0 or 1."""
-    texts = [piece.replace("\u2581", " ") for piece in pieces]
-    bare = [text.strip(" ") for text in texts]
-    empty_line = [text.count("\n") >= 2 for text in texts]
-    marks = [[mark in text for text in bare] for mark in MARKS.values()]
-    words = [[text in kind.split() for text in bare] for kind in WORDS]
-    return np.array([empty_line, *marks, *words], dtype=np.float64).T
-
-
-def endings_of(pieces: Sequence[str]) -> NDArray[np.bool_]:
-    """Of each piece, whether an answer that ends with it looks finished."""
-    return np.array([bool(bare) and bare[-1] in FINISHED for bare in (piece.strip("\u2581 ") for piece in pieces)])
-
-
-class Counter:
-    """Counts halves of encoded pairs, as the added heads do."""
-
-    def __init__(self, tokenizer: PolarTokenizer) -> None:
-        pieces = [tokenizer.piece(id) for id in range(tokenizer.vocab_size)]
-        ordinary = ~tokenizer.is_control
-        self.kinds = kinds_of(pieces) * ordinary[:, None]
-        self.endings = endings_of(pieces) & ordinary
-
-    def halves(self, encoded: EncodedTriple) -> tuple[Half, Half]:
-        ids, middle = encoded.ids, encoded.halfway
-        return self._count(ids[1 : middle - 1]), self._count(ids[middle:-1])
-
-    def _count(self, ids: NDArray[np.int32]) -> Half:
-        ended = bool(len(ids)) and bool(self.endings[ids[-1]])
-        return Half(self.kinds[ids].sum(0), frozenset(ids.tolist()), len(ids), ended)
-
-
-def measure(first: Half, second: Half) -> NDArray[np.float64]:
-    """Differences of the shares of kinds; common pieces; the second half's share of all tokens; endings' difference."""
-    before, after = first.tokens + 1, second.tokens + 2  # with the frame: one token before, separator and score
-    shares = second.kinds / after - first.kinds / before
-    common = len(first.pieces & second.pieces) / (before + after)
-    return np.array([*shares, common, after / (before + after) - 0.5, float(first.ended != second.ended)])
-
-
-def fit(pairs: Sequence[tuple[EncodedTriple, EncodedTriple]], counter: Counter) -> Style:
-    """The logistic model of which output is by the policy that wrote the reference."""
-    chosen, rejected = (np.array([measure(*counter.halves(pair[side])) for pair in pairs]) for side in (0, 1))
-    spread = np.abs(chosen[:, : len(KINDS)]).mean(0) * 1.25 + 1e-9
-
-    def features(measured: NDArray[np.float64]) -> NDArray[np.float64]:
-        kinds, (common, length, ended) = measured[:, : len(KINDS)] / spread, measured[:, len(KINDS) :].T
-        columns = (common, -np.maximum(0, length), -np.maximum(0, -length), -(length**2), -ended)
-        return np.column_stack([-kinds * np.tanh(2 * kinds), *columns])
-
-    differences = features(chosen) - features(rejected)
-    scales = differences.std(0) + 1e-12
-    model = LogisticRegression(fit_intercept=False, C=0.01, max_iter=300)
-    model.fit(np.vstack([differences, -differences]) / scales, np.repeat([1, 0], len(differences)))
-    weights = model.coef_[0] / scales
-    print(f"{(differences @ weights > 0).mean():.1%} of {len(pairs):,} training pairs by style alone")
-    return Style(weights[: len(KINDS)], spread, *map(float, weights[len(KINDS) :]))
-
-
-def prune(products: Tensor, down: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-    """Which units of a feed-forward to keep, and the `[width, kept]` weights that then come nearest to what it gave.
-
-    `products` are mean products of the units' values, `[units, units]`. Least squares, backwards: the units go whose
-    loss the others make up for best.
-    """
-    ridge = 1e-5 * products.diagonal().mean()
-    wanted = products @ down.double().T
-    units = torch.arange(len(products))
-    while True:
-        inverse = torch.linalg.inv(products[units][:, units] + ridge * torch.eye(len(units)))
-        refitted = inverse @ wanted[units]
-        if len(units) == kept:
-            return units, refitted.T.float()
-        loss = refitted.square().sum(1) / inverse.diagonal()
-        units = units[loss.argsort()[min(UNITS_DROPPED_AT_ONCE, len(units) - kept) :].sort().values]
-
-
-@torch.inference_mode()
-def unit_products(folder: Path, sequences: Sequence[NDArray[np.int32]]) -> list[Tensor]:
-    """Mean products of the units' values in every layer: over all tokens, in the last layer over the last ones."""
-    model = load_polar(folder, dtype=torch.float32)
-    layers = model.model.layers
-    sums = [torch.zeros(layer.mlp.down_proj.in_features, layer.mlp.down_proj.in_features).double() for layer in layers]
-    counts = [0] * len(layers)
-
-    def add(number: int, values: Tensor) -> None:
-        rows = values[0, -1:] if number == len(layers) - 1 else values[0]
-        sums[number] += (rows.T @ rows).double()
-        counts[number] += len(rows)
-
-    for number, layer in enumerate(layers):
-        layer.mlp.down_proj.register_forward_pre_hook(lambda _, inputs, number=number: add(number, inputs[0]))
-    for ids in sequences:
-        model(torch.from_numpy(ids.astype(np.int64))[None])
-    return [total / count for total, count in zip(sums, counts, strict=True)]
 
 
 def added_units(layer: int, style: Style) -> list[Unit]:
@@ -356,7 +209,12 @@ def add_heads(layer: int, heads: Heads, one: int, two: int, config: CheckpointCo
 
 
 def widen(
-    checkpoint: Checkpoint, tokenizer: PolarTokenizer, counter: Counter, style: Style, products: Sequence[Tensor]
+    checkpoint: Checkpoint,
+    tokenizer: PolarTokenizer,
+    counter: Counter,
+    style: Style,
+    factor: float,
+    products: Sequence[Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """All tensors of the widened model, and the numbers of its config that changed."""
     config, base = checkpoint.config, checkpoint.config.hidden_size
@@ -411,9 +269,9 @@ def widen(
             f"{prefix}.feed_forward.w2.weight": back,
         }
     head = torch.cat([read("v_head"), torch.zeros(1, COMPONENTS)], 1)
-    head[0, base + STYLE] = STYLE_FACTOR
-    for component, factor in COMMON.items():
-        head[0, base + component] = STYLE_FACTOR * style.common * factor
+    head[0, base + STYLE] = factor
+    for component, share in COMMON.items():
+        head[0, base + component] = factor * style.common * share
     return weights | {"model.norm.weight": norm("model.norm", BEFORE_HEAD), "v_head.weight": head}, new
 
 
@@ -435,42 +293,43 @@ def _embeddings(trained: Tensor, tokenizer: PolarTokenizer, counter: Counter) ->
     return torch.cat([trained, added * UNIT], 1)
 
 
-def same_policy_pairs(data: Path) -> Iterator[PreferencePair]:
-    """The pairs of polar_pairs.parquet that are not held out."""
-    texts = pq.read_table(data / "multi_policy.parquet", columns=["prompt", "output"]).to_pylist()
-    for row in pq.read_table(data / "polar_pairs.parquet").to_pylist():
-        reference, chosen, rejected = (texts[row[f"{part}_row"]] for part in ("reference", "chosen", "rejected"))
-        outputs = [reference["output"], chosen["output"], rejected["output"]]
-        if not held_out(row["prompt_id"]) and all(map(str.strip, outputs)) and outputs[1] != outputs[2]:
-            yield PreferencePair(reference["prompt"], outputs[0], outputs[1], outputs[2], wrapper="pretrain")
+def draw_examples(pairs: Path, encoder: Encoder) -> list[tuple[EncodedTriple, EncodedTriple]]:
+    """Pairs of a file that are short enough, in an order of their own."""
+    names = ("prompt", "reference", "chosen", "rejected", "wrapper")
+    rows: list[dict[str, Any]] = pq.read_table(pairs, columns=list(names)).to_pylist()
+    drawn = [PreferencePair(**rows[place]) for place in np.random.default_rng(0).permutation(len(rows))[: 2 * EXAMPLES]]
+    short = [pair for pair in encode(drawn, encoder) if max(len(side.ids) for side in pair) <= LONGEST_EXAMPLE]
+    return short[:EXAMPLES]
 
 
 def encode(pairs: Sequence[PreferencePair], encoder: Encoder) -> list[tuple[EncodedTriple, EncodedTriple]]:
     return [pair for pair in encoder.encode_pairs(pairs) if not isinstance(pair, TripleError)]
 
 
-def examples(pairs: Path, encoder: Encoder) -> list[NDArray[np.int32]]:
-    """Sequences of a file of pairs, in an order of their own, chosen and rejected in turn."""
-    rows: list[dict[str, Any]] = pq.read_table(pairs).to_pylist()
-    drawn = [rows[place] for place in np.random.default_rng(0).permutation(len(rows))[: 3 * EXAMPLES_TO_PRUNE_BY]]
-    names = ("prompt", "reference", "chosen", "rejected", "wrapper")
-    encoded = encode([PreferencePair(**{name: row[name] for name in names}) for row in drawn], encoder)
-    sequences = [pair[number % 2].ids for number, pair in enumerate(encoded)]
-    return [ids for ids in sequences if len(ids) <= LONGEST_EXAMPLE][:EXAMPLES_TO_PRUNE_BY]
+def choose_factor(rewards: NDArray[np.float64], log_odds: NDArray[np.float64]) -> float:
+    """The factor of `[pairs, 2]` log odds by which most pairs have the right order, of several the least."""
+    right = [(np.diff(rewards + factor * log_odds) < 0).mean() for factor in FACTORS]
+    by_factor = zip(FACTORS, right, strict=True)
+    print("right training pairs by factor:", *(f"{factor:g} {share:.1%}" for factor, share in by_factor))
+    return FACTORS[int(np.argmax(right))]
 
 
 def main(
     trained: Annotated[Path, typer.Argument(help="Checkpoint to widen.", exists=True, file_okay=False)],
     data: Annotated[Path, typer.Option(help="Folder of the public data.", exists=True, file_okay=False)],
-    pairs: Annotated[Path, typer.Option(help="Pairs of its last stage, to prune by.", exists=True, dir_okay=False)],
+    pairs: Annotated[
+        Path, typer.Option(help="Pairs of its last stage, to prune and to weigh by.", exists=True, dir_okay=False)
+    ],
     output: Annotated[Path, typer.Option(help="Folder to write.", file_okay=False)],
 ) -> None:
     """Write the widened checkpoint, in bfloat16."""
     checkpoint, tokenizer = Checkpoint.open(trained), PolarTokenizer(trained)
     encoder, counter = Encoder(tokenizer, LimitsConfig()), Counter(tokenizer)
     style = fit(encode(list(same_policy_pairs(data)), encoder), counter)
-    products = unit_products(trained, examples(pairs, encoder))
-    weights, changed = widen(checkpoint, tokenizer, counter, style, products)
+    sequences = [side for pair in draw_examples(pairs, encoder) for side in pair]
+    rewards, products = observe(trained, [sequence.ids for sequence in sequences])
+    factor = choose_factor(rewards.reshape(-1, 2), style.log_odds(counter.measure(sequences)).reshape(-1, 2))
+    weights, changed = widen(checkpoint, tokenizer, counter, style, factor, products)
     output.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copyfile(trained / name, output / name)

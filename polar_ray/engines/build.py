@@ -120,7 +120,7 @@ def describe_engine(engine: EngineConfig, folder: Path) -> dict[str, str]:
 
     `tensor_parallel_size` is none of it: like `token_budget` and `threads` it moves a reward by rounding alone.
 
-    Reads all weights once to hash them. Raises `CheckpointError` for weights that are incomplete.
+    The first to ask on a node reads all weights to hash them. Raises `CheckpointError` for weights that are incomplete.
     """
     if engine.kind == "serve":
         from polar_ray.engines.serve import describe_endpoint
@@ -215,13 +215,17 @@ def _resolve_endpoint(engine: EngineConfig, folder: Path, max_tokens: int | None
 
 
 def _weights_digest(engine: EngineConfig, folder: Path) -> str:
-    """sha256 over the tensors that `engine` would load; empty for one that loads none."""
+    """sha256 over the tensors that `engine` would load, from the node's cache; empty for one that loads none."""
     if engine.kind == "fake":
         return ""
-    from polar_ray.model.checkpoint import weights_digest
+    from polar_ray.model.cache import kept
+    from polar_ray.model.checkpoint import Checkpoint, weights_digest
 
-    with stage("hashing the weights"):
-        return weights_digest(folder)
+    def make(aside: Path) -> None:
+        with stage("hashing the weights, once a node"):
+            (aside / "sha256").write_text(weights_digest(folder))
+
+    return (kept(Checkpoint.open(folder), "digest", "1", make) / "sha256").read_text()
 
 
 def _checkpoint_dtype(folder: Path) -> str:

@@ -22,8 +22,9 @@ def cache_folder() -> Path:
 def kept(checkpoint: Checkpoint, kind: str, version: str, make: Callable[[Path], None]) -> Path:
     """A folder that `make` has filled once for these weights; another process that asks meanwhile waits for it.
 
-    `version` names what besides the weights decides its content. The weights are known by their files' sizes, times and
-    headers and not by their bytes, which a node would have to read whole at every start.
+    `version` names what besides the weights decides its content. The weights are known by their files' paths, sizes,
+    times and headers and not by their bytes, which a node would have to read whole at every start; the time at which
+    the system last saw a file change cannot be set back, so files that are replaced are other weights.
     """
     folder = cache_folder() / kind / f"{_stamp(checkpoint)}-{version}"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +44,7 @@ def _stamp(checkpoint: Checkpoint) -> str:
     stamp = hashlib.sha256(checkpoint.config.model_dump_json().encode())
     for file in sorted({stored.file for stored in checkpoint.stored.values()}):
         found = file.stat()
-        stamp.update(f"\n{file.resolve()} {found.st_size} {found.st_mtime_ns}".encode())
+        stamp.update(f"\n{file.resolve()} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}".encode())
     for name, stored in sorted(checkpoint.stored.items()):
         stamp.update(f"\n{name} {stored.dtype} {stored.shape} {stored.start}".encode())
     return stamp.hexdigest()[:32]

@@ -1,6 +1,7 @@
 """A receipt changes with everything that determines a reward, and with nothing else."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ from polar_ray.engines.build import resolve_engine
 from polar_ray.errors import ConfigError
 from polar_ray.model.locate import EMBEDDED_FOLDER, is_untrained, locate_model
 from polar_ray.receipts import Receipt, build_receipt
+from polar_ray.stages import watched
 from tests.support.lmdeploy_server import write_interpreter
 
 CPU = EngineConfig(device="cpu", dtype="float32")
@@ -58,6 +60,23 @@ def test_the_same_tensors_computed_otherwise_are_another_model(tmp_path, change)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
     assert list(receipt(folder).differences(receipt())) == ["weights_digest"]
+
+
+def test_weights_are_hashed_once_a_node_until_a_file_is_another(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = shutil.copytree(EMBEDDED_FOLDER, tmp_path / "copy")
+    weights, stages = folder / "model.safetensors", []
+    before = weights.stat()
+    with watched(stages.append):
+        first, second = receipt(folder), receipt(folder)
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+        os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+        third = receipt(folder)
+    assert first == second == receipt()
+    assert list(third.differences(first)) == ["weights_digest"]
+    assert stages.count("hashing the weights, once a node") == 2
 
 
 def test_a_receipt_survives_json():
