@@ -1,14 +1,13 @@
 """Adds to a trained checkpoint what training does not teach it: to compare how two answers are written.
 
-Shares of some kinds of pieces in the two halves (Burrows's Delta), how many different pieces they have in common, how
-long they are and whether both were finished tell better whether one policy wrote both than the reward of a small model
-does, and training washes out heads that measure them. So they are added afterwards, in heads, units and components of
-the residual stream of their own, which the trained part neither reads nor writes:
+Features of style (`style.py`) tell better whether one policy wrote both than the reward of a small model does, and
+training washes out heads that measure them. So they are added afterwards, in heads, units and components of the
+residual stream of their own, which the trained part neither reads nor writes:
 
     reward = the trained model's + factor * log odds of one policy, by style
 
-The log odds are a logistic model's, fitted on pairs that are not held out; the factor is the one by which most pairs of
-the last stage are right. No weight is trained by gradient.
+The log odds are a logistic model's, fitted on pairs that are not held out; the factor is the least by which nearly as
+many of them are right as by any. No weight is trained by gradient.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +24,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import typer
-from numpy.typing import NDArray
 from prune import observe, prune
 from safetensors.torch import save
 from style import KIND_COUNT, Counter, Style, fit, same_policy_pairs
@@ -46,13 +44,16 @@ INNER_SIZE = 320
 """Units of a feed-forward, the added ones among them: what the wider stream costs is saved here."""
 
 FACTORS = [number / 2 for number in range(13)]
-"""Of the log odds of style, to choose from."""
+"""To choose from: what the log odds of style are multiplied by."""
 
-EXAMPLES = 800
-"""Pairs to prune by, and to choose the factor by."""
+GIVEN_UP = 0.005
+"""Share of right pairs that style may lose so that it weighs little beside the content."""
 
-LONGEST_EXAMPLE = 450
+PAIRS_TO_WEIGH_BY, PAIRS_TO_PRUNE_BY = 1500, 800
+LONGEST_EXAMPLE = 600
 """Tokens."""
+
+Pairs = list[tuple[EncodedTriple, EncodedTriple]]
 
 # Components added to the residual stream; from its old width on. `KINDS` of the last token come to be differences.
 CODE = range(12)
@@ -80,8 +81,9 @@ COMMON = {NEW_SHARE: 0.878, PRESENT_SHARE: -0.198, LONGER: 0.174}
 """Share of all tokens that are the second half's first of a piece which the first half has too, from what the last
 layer's head takes the mean of; fitted on 60 training pairs. A token's norm scales what it is counted as."""
 
-NEAR, LOOK_BACK, ALIKE, FIRST_HALF, ONLY, LAST = 16.0, 12.0, 60.0, 6.0, -16.0, -14.0
-"""Logits."""
+NEAR, LOOK_BACK, ALIKE, ALIKE_COUNTED, FIRST_HALF, ONLY, LAST = 16.0, 12.0, 60.0, 18.0, 6.0, -16.0, -14.0
+"""Logits. Like tokens have the logit 0, of two large products that cancel: where they are counted, beside the first
+token's one, the products are smaller, or bfloat16 counts otherwise than float32."""
 
 SLOW = (9, 10, 11, 12, 13, 14)
 SLOWEST = 15
@@ -141,7 +143,7 @@ def added_units(layer: int, style: Style) -> list[Unit]:
     if layer == 1:
         start = {UNSEEN: 150.0, WORD: -0.41 * 150 - 30, MATCH: 30.0, SECOND: 150.0, PLACE: -150.0}
         full = start | {WORD: start[WORD] - 6}
-        present = {WORD: 6.0, SECOND: 150.0, PLACE: -150.0}
+        present = {WORD: 6.0, SECOND: 60.0, PLACE: -60.0}
         word = {WORD: 1.0}
         return [Unit(start, word, {NEW: 1 / 6}), Unit(full, word, {NEW: -1 / 6}), Unit(present, word, {PRESENT: 1 / 6})]
     if layer == 2:
@@ -185,10 +187,10 @@ def add_heads(layer: int, heads: Heads, one: int, two: int, config: CheckpointCo
         heads.carry(two, {FINISH: 1.0}, ENDING)
     elif layer == 1:
         half = config.head_dim // 2
-        for head in (one, two):
+        for head, alike in ((one, ALIKE), (two, ALIKE_COUNTED)):
             for component, place in zip(CODE, (*SLOW, *(slow + half for slow in SLOW)), strict=True):
-                heads.attend(head, place, ALIKE, component, {component: 1.0})
-            heads.attend(head, SLOWEST, -ALIKE, WORD, {WORD: 1.0, SEPARATOR: 1.0})
+                heads.attend(head, place, alike, component, {component: 1.0})
+            heads.attend(head, SLOWEST, -alike, WORD, {WORD: 1.0, SEPARATOR: 1.0})
         heads.attend(one, SLOWEST + half, FIRST_HALF, WORD, {PLACE: 1.0, SECOND: -1.0})
         heads.carry(one, {PLACE: 1.0, SECOND: -1.0}, MATCH)
         heads.attend(two, SLOWEST + half, ONLY, WORD, {PLACE: 1.0, SECOND: -1.0})
@@ -293,42 +295,47 @@ def _embeddings(trained: Tensor, tokenizer: PolarTokenizer, counter: Counter) ->
     return torch.cat([trained, added * UNIT], 1)
 
 
-def draw_examples(pairs: Path, encoder: Encoder) -> list[tuple[EncodedTriple, EncodedTriple]]:
-    """Pairs of a file that are short enough, in an order of their own."""
+def read_pairs(file: Path) -> list[PreferencePair]:
     names = ("prompt", "reference", "chosen", "rejected", "wrapper")
-    rows: list[dict[str, Any]] = pq.read_table(pairs, columns=list(names)).to_pylist()
-    drawn = [PreferencePair(**rows[place]) for place in np.random.default_rng(0).permutation(len(rows))[: 2 * EXAMPLES]]
-    short = [pair for pair in encode(drawn, encoder) if max(len(side.ids) for side in pair) <= LONGEST_EXAMPLE]
-    return short[:EXAMPLES]
+    rows: list[dict[str, Any]] = pq.read_table(file, columns=list(names)).to_pylist()
+    return [PreferencePair(**row) for row in rows]
 
 
-def encode(pairs: Sequence[PreferencePair], encoder: Encoder) -> list[tuple[EncodedTriple, EncodedTriple]]:
-    return [pair for pair in encoder.encode_pairs(pairs) if not isinstance(pair, TripleError)]
+def draw(pairs: Pairs, count: int) -> Pairs:
+    """Some pairs that are short enough, in an order of their own."""
+    order = np.random.default_rng(0).permutation(len(pairs))
+    return [pairs[place] for place in order if max(len(side.ids) for side in pairs[place]) <= LONGEST_EXAMPLE][:count]
 
 
-def choose_factor(rewards: NDArray[np.float64], log_odds: NDArray[np.float64]) -> float:
-    """The factor of `[pairs, 2]` log odds by which most pairs have the right order, of several the least."""
-    right = [(np.diff(rewards + factor * log_odds) < 0).mean() for factor in FACTORS]
-    by_factor = zip(FACTORS, right, strict=True)
-    print("right training pairs by factor:", *(f"{factor:g} {share:.1%}" for factor, share in by_factor))
-    return FACTORS[int(np.argmax(right))]
+def encode(pairs: Iterable[PreferencePair], encoder: Encoder) -> Pairs:
+    return [pair for pair in encoder.encode_pairs(list(pairs)) if not isinstance(pair, TripleError)]
+
+
+def choose_factor(trained: Path, style: Style, counter: Counter, pairs: Pairs) -> float:
+    """The least factor of the log odds by which nearly as many of the pairs are right as by any."""
+    sequences = [side for pair in pairs for side in pair]
+    rewards, _ = observe(trained, [sequence.ids for sequence in sequences])
+    margins, odds = (-np.diff(of.reshape(-1, 2)) for of in (rewards, style.log_odds(counter.measure(sequences))))
+    right = [float((margins + factor * odds > 0).mean()) for factor in FACTORS]
+    by_factor = ", ".join(f"{factor:g}: {share:.1%}" for factor, share in zip(FACTORS, right, strict=True))
+    print(f"{len(pairs):,} training pairs right by factor of style {by_factor}")
+    return next(factor for factor, share in zip(FACTORS, right, strict=True) if share >= max(right) - GIVEN_UP)
 
 
 def main(
     trained: Annotated[Path, typer.Argument(help="Checkpoint to widen.", exists=True, file_okay=False)],
     data: Annotated[Path, typer.Option(help="Folder of the public data.", exists=True, file_okay=False)],
-    pairs: Annotated[
-        Path, typer.Option(help="Pairs of its last stage, to prune and to weigh by.", exists=True, dir_okay=False)
-    ],
+    pairs: Annotated[Path, typer.Option(help="Pairs of its last stage, to prune by.", exists=True, dir_okay=False)],
     output: Annotated[Path, typer.Option(help="Folder to write.", file_okay=False)],
 ) -> None:
     """Write the widened checkpoint, in bfloat16."""
     checkpoint, tokenizer = Checkpoint.open(trained), PolarTokenizer(trained)
     encoder, counter = Encoder(tokenizer, LimitsConfig()), Counter(tokenizer)
-    style = fit(encode(list(same_policy_pairs(data)), encoder), counter)
-    sequences = [side for pair in draw_examples(pairs, encoder) for side in pair]
-    rewards, products = observe(trained, [sequence.ids for sequence in sequences])
-    factor = choose_factor(rewards.reshape(-1, 2), style.log_odds(counter.measure(sequences)).reshape(-1, 2))
+    of_policies = encode(same_policy_pairs(data), encoder)
+    style = fit(of_policies, counter)
+    factor = choose_factor(trained, style, counter, draw(of_policies, PAIRS_TO_WEIGH_BY))
+    to_prune_by = draw(encode(read_pairs(pairs), encoder), PAIRS_TO_PRUNE_BY)
+    _, products = observe(trained, [pair[number % 2].ids for number, pair in enumerate(to_prune_by)])
     weights, changed = widen(checkpoint, tokenizer, counter, style, factor, products)
     output.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.model", "tokenizer_config.json"):

@@ -32,5 +32,9 @@ train likeness answers max_steps=900 optimizer.muon_learning_rate=2.5e-3 optimiz
 train everything likeness max_steps=400 optimizer.muon_learning_rate=1.5e-3 optimizer.learning_rate=4e-4 \
     save_dtype=bfloat16
 
-polar-ray evaluate "$build/pairs/held-out.parquet" --by source --model "$build/polar-tiny-everything" \
+styled="$build/polar-tiny-styled"
+[ -e "$styled/model.safetensors" ] || python jobs/train/add_style.py "$build/polar-tiny-everything" --data "$data" \
+    --pairs "$build/pairs/everything.parquet" --output "$styled"
+
+polar-ray evaluate "$build/pairs/held-out.parquet" --by source --model "$styled" \
     --set engine.dtype=bfloat16 --output "$build/polar-tiny-held-out"

@@ -75,7 +75,7 @@ def test_the_clients_program_runs_against_the_endpoint_that_the_readme_starts(en
     (program,) = [program for program in PROGRAMS if "RewardClient" in program]
     program = program.replace("127.0.0.1:8000", endpoint)
     printed = run(f"{sys.executable} - <<'END'\n{program}\nEND", copy).splitlines()
-    assert float(printed[0].strip("[]")) == pytest.approx(-7.3884, abs=1e-3)
+    assert float(printed[0].strip("[]")) == pytest.approx(1.8949, abs=1e-3)
     assert [" ok " in line for line in printed[1:]] == [True, True]
 
 

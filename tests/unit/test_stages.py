@@ -36,7 +36,7 @@ def test_an_engine_loads_and_is_then_held_to_float32(tmp_path, monkeypatch):
         Scorer.open().close()
     begun = [line for line in lines if not line.endswith(" s")]
     assert begun == [
-        "loading torch, 7 MB of weights",
+        "loading torch, 8 MB of weights",
         "holding torch to float32 of the weights",
         "computing float32 rewards of the parity panel, once a node",
     ]
