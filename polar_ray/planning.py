@@ -1,15 +1,17 @@
 """From token ids to batches: duplicates dropped, common prefixes shared, packed under a token budget, no padding.
 
 Pure: ids in, batches out. The rows of a group share `2P + R` of their `2P + R + O` tokens, so a prefix computed once
-is most of the work saved. Sharing is found in the ids, not in the columns: whatever two rows happen to have in common
-from their first token on is shared if that saves more than any other grouping of the same rows.
+is most of the work saved; rows of one prompt or one system prompt share that again. Sharing is found in the ids, not in
+the columns: sorted, sequences form a trie, and a batch is a run of them, each node of it computed once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -20,80 +22,105 @@ Ids = npt.NDArray[np.int32]
 Rewards = npt.NDArray[np.float32]
 
 MIN_SHARED_TOKENS = 16
-"""Shorter prefixes are not shared: each one is a call of its own in the attention, for every layer."""
+"""Shorter parts of a prefix are no node of their own: each one is a call in the attention, for every layer."""
+
+EXTRA_BATCH_SHARE = 1 / 16
+"""What one batch more may cost instead of a prefix computed again, as a share of the budget: a batch has costs of its
+own, and one that is far from full runs slower."""
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """Sequences with a common beginning: `prefix + suffix` for each suffix.
+class Node:
+    """Ids that follow those of another node: the end of a sequence, or a prefix that several have in common."""
 
-    `prefix` may be empty; every suffix has at least one token, because a reward is read at a sequence's own last
-    token. `rows[i]` is the place of sequence `i` in what was given to `plan`.
-    """
+    ids: Ids
+    """At least one."""
 
-    prefix: Ids
-    suffixes: tuple[Ids, ...]
-    rows: tuple[int, ...]
+    parent: int | None = None
+    """Place in the batch of the node that comes before, a smaller one than this node's; None at the beginning."""
 
-    @property
-    def computed_tokens(self) -> int:
-        return len(self.prefix) + sum(map(len, self.suffixes))
-
-    @property
-    def tokens(self) -> int:
-        return len(self.prefix) * len(self.suffixes) + sum(map(len, self.suffixes))
+    row: int | None = None
+    """Place in what was given to `plan` of the sequence that ends here; None where sequences go on."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What an engine computes in one call: groups, in order. Rewards come back one per sequence, in that order."""
+    """What an engine computes in one call: a trie of sequences, each node before those that follow it.
 
-    groups: tuple[Group, ...]
+    Rewards come back one per sequence, in the order of the nodes that end them.
+    """
+
+    nodes: tuple[Node, ...]
+
+    @classmethod
+    def unshared(cls, sequences: Iterable[Ids]) -> Batch:
+        """Every sequence whole, numbered from 0."""
+        return cls(tuple(Node(ids, row=row) for row, ids in enumerate(sequences)))
 
     @cached_property
     def rows(self) -> npt.NDArray[np.int64]:
         """The place of each sequence in what was given to `plan`, in the order of the rewards."""
-        return np.array([row for group in self.groups for row in group.rows], dtype=np.int64)
+        return np.array([node.row for node in self.nodes if node.row is not None], dtype=np.int64)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """How many tokens of its sequences come before each node."""
+        starts: list[int] = []
+        for node in self.nodes:
+            starts.append(0 if node.parent is None else starts[node.parent] + len(self.nodes[node.parent].ids))
+        return tuple(starts)
 
     @property
     def computed_tokens(self) -> int:
         """Tokens that go through the model: each prefix once."""
-        return sum(group.computed_tokens for group in self.groups)
+        return sum(len(node.ids) for node in self.nodes)
 
     @property
     def tokens(self) -> int:
         """Tokens of all sequences, as an engine without sharing would compute them."""
-        return sum(group.tokens for group in self.groups)
+        ends = zip(self.starts, self.nodes, strict=True)
+        return sum(start + len(node.ids) for start, node in ends if node.row is not None)
 
     def __len__(self) -> int:
-        return sum(len(group.suffixes) for group in self.groups)
+        return len(self.rows)
 
     @property
     def is_single(self) -> bool:
         """Whether this is one sequence, computed whole."""
-        return len(self) == 1 and len(self.groups[0].prefix) == 0
+        return len(self.nodes) == 1
+
+    def path(self, place: int) -> list[int]:
+        """Places of the nodes before the one at `place`, from the beginning."""
+        before: list[int] = []
+        parent = self.nodes[place].parent
+        while parent is not None:
+            before.append(parent)
+            parent = self.nodes[parent].parent
+        return before[::-1]
 
     def halves(self) -> tuple[Batch, Batch]:
         """The batch in two, prefixes kept; for finding the sequence that a failure belongs to. Needs two sequences."""
-        if len(self.groups) > 1:
-            middle = len(self.groups) // 2
-            return Batch(self.groups[:middle]), Batch(self.groups[middle:])
-        (group,) = self.groups
-        middle = len(group.suffixes) // 2
-        first = Group(group.prefix, group.suffixes[:middle], group.rows[:middle])
-        second = Group(group.prefix, group.suffixes[middle:], group.rows[middle:])
-        return Batch((first,)), Batch((second,))
+        ends = [place for place, node in enumerate(self.nodes) if node.row is not None]
+        middle = len(ends) // 2
+        return self._only(ends[:middle]), self._only(ends[middle:])
 
     def singles(self) -> Iterator[Batch]:
         """Each sequence as a batch of its own, nothing shared."""
         for row, sequence in zip(self.rows.tolist(), self.sequences(), strict=True):
-            yield Batch((Group(sequence[:0], (sequence,), (row,)),))
+            yield Batch((Node(sequence, row=row),))
 
     def sequences(self) -> Iterator[Ids]:
         """Each sequence whole, for engines that share prefixes by themselves or not at all."""
-        for group in self.groups:
-            for suffix in group.suffixes:
-                yield np.concatenate([group.prefix, suffix]) if len(group.prefix) else suffix
+        for place, node in enumerate(self.nodes):
+            if node.row is not None:
+                parts = [self.nodes[before].ids for before in self.path(place)]
+                yield np.concatenate([*parts, node.ids]) if parts else node.ids
+
+    def _only(self, ends: Sequence[int]) -> Batch:
+        kept = sorted({*ends, *(before for end in ends for before in self.path(end))})
+        moved = {place: number for number, place in enumerate(kept)}
+        nodes = (self.nodes[place] for place in kept)
+        return Batch(tuple(Node(n.ids, None if n.parent is None else moved[n.parent], n.row) for n in nodes))
 
 
 @dataclass(frozen=True)
@@ -115,12 +142,16 @@ class Plan:
         return rewards[self.first_of]
 
     def computed_by_row(self) -> npt.NDArray[np.int64]:
-        """Computed tokens of each row; a group's prefix is its first row's, and a duplicate costs nothing."""
+        """Computed tokens of each row; a prefix is its first row's, and a duplicate costs nothing."""
         computed = np.zeros(len(self.first_of), dtype=np.int64)
         for batch in self.batches:
-            for group in batch.groups:
-                computed[list(group.rows)] = [len(suffix) for suffix in group.suffixes]
-                computed[group.rows[0]] += len(group.prefix)
+            shared = 0
+            for node in batch.nodes:
+                if node.row is None:
+                    shared += len(node.ids)
+                else:
+                    computed[node.row] = shared + len(node.ids)
+                    shared = 0
         return computed
 
     @property
@@ -149,15 +180,13 @@ def plan(
         first_of[row] = first_with.setdefault(key, row)
     order = sorted(first_with.values(), key=keys.__getitem__)
 
+    ordered = [sequences[row] for row in order]
+    shared = [0] * len(order)
     if share_prefixes:
-        limit = max_shared_length or max(map(len, sequences), default=0)
-        shared = _best_groups([sequences[row] for row in order], limit)
-    else:
-        shared = [(0, [place]) for place in range(len(order))]
-    groups = [_build_group(sequences, [order[place] for place in places], length) for length, places in shared]
-    parts = [part for group in groups for part in _split(group, token_budget)]
-    parts.sort(key=lambda part: (-part.computed_tokens, part.rows))
-    return Plan(tuple(_pack(parts, token_budget)), first_of)
+        shared = _shared_lengths(ordered, max_shared_length or max(map(len, sequences), default=0))
+    runs = _cut(list(map(len, ordered)), shared, token_budget)
+    batches = (Batch(tuple(_grow(ordered[run], shared[run], order[run]))) for run in runs)
+    return Plan(tuple(batches), first_of)
 
 
 def common_length(a: Ids, b: Ids) -> int:
@@ -167,93 +196,88 @@ def common_length(a: Ids, b: Ids) -> int:
     return int(differs.argmax()) if differs.any() else length
 
 
-@dataclass(slots=True)
-class _Node:
-    """A set of sequences that agree on their first `depth` ids, with the best grouping found for it."""
+def _shared_lengths(ordered: Sequence[Ids], max_shared_length: int) -> list[int]:
+    """How many tokens each of the sorted sequences shares with the one before it, 0 for the first.
 
-    depth: int
-    children: list[_Node] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)
-    groups: list[tuple[int, list[int]]] = field(default_factory=list)
-    saved_tokens: int = 0
-
-    def close(self) -> _Node:
-        """Choose which children to merge at this depth and which to leave as they were grouped below.
-
-        Merging a child saves `depth` tokens for each of its sequences, less one `depth` for the prefix itself;
-        leaving it saves what it saved below. Each child's choice is independent of the others'.
-        """
-        merged = [child for child in self.children if self.depth * len(child.places) > child.saved_tokens]
-        kept = [child for child in self.children if self.depth * len(child.places) <= child.saved_tokens]
-        merged_places = [place for child in merged for place in child.places]
-        gain = self.depth * (len(merged_places) - 1) - sum(child.saved_tokens for child in merged)
-        self.places = [place for child in self.children for place in child.places]
-        self.saved_tokens = sum(child.saved_tokens for child in self.children) + max(0, gain)
-        if gain > 0:
-            self.groups = [(self.depth, merged_places), *(group for child in kept for group in child.groups)]
-        else:
-            self.groups = [group for child in self.children for group in child.groups]
-        self.children = []
-        return self
-
-
-def _best_groups(ordered: list[Ids], max_shared_length: int) -> list[tuple[int, list[int]]]:
-    """(prefix length, places) of groups over sorted distinct sequences, so that the tokens saved are the most.
-
-    The common prefixes of sorted sequences form a tree; it is built with a stack from the lengths that neighbours
-    share, and each node is closed as soon as the sort leaves it.
+    The lengths that neighbours share are the depths of the sequences' trie. Where a node would have fewer than
+    `MIN_SHARED_TOKENS` of its own, what follows it grows out of its parent instead.
     """
-    root = _Node(0)
-    stack = [root]
-    for place, sequence in enumerate(ordered):
-        carry = _Node(0, places=[place], groups=[(0, [place])])
-        following = ordered[place + 1] if place + 1 < len(ordered) else sequence[:0]
-        depth = _shareable_length(sequence, following, max_shared_length)
-        while stack[-1].depth > depth:
-            stack[-1].children.append(carry)
-            carry = stack.pop().close()
-        if stack[-1].depth == depth:
-            stack[-1].children.append(carry)
-        else:
-            stack.append(_Node(depth, [carry]))
-    return root.close().groups
+    common = [0, *(_shareable_length(a, b, max_shared_length) for a, b in pairwise(ordered))][: len(ordered)]
+    before = _nearest_smaller(common)
+    after = [len(common) - 1 - place for place in reversed(_nearest_smaller(common[::-1]))]
+    lengths = {-1: 0, len(common): 0}
+    for place in sorted(range(len(common)), key=common.__getitem__):
+        parent = max(lengths[before[place]], lengths[after[place]])
+        lengths[place] = common[place] if common[place] - parent >= MIN_SHARED_TOKENS else parent
+    return [lengths[place] for place in range(len(common))]
+
+
+def _nearest_smaller(values: Sequence[int]) -> list[int]:
+    """Where before each value the nearest smaller one is; -1 if there is none."""
+    nearest: list[int] = []
+    rising: list[int] = []
+    for place, value in enumerate(values):
+        while rising and values[rising[-1]] >= value:
+            rising.pop()
+        nearest.append(rising[-1] if rising else -1)
+        rising.append(place)
+    return nearest
 
 
 def _shareable_length(a: Ids, b: Ids, max_shared_length: int) -> int:
-    """Length of the common prefix worth sharing; at least one token stays on each side for the reward's position."""
-    if max(len(a), len(b)) > max_shared_length:
-        return 0
-    common = common_length(a[:-1], b[:-1])
-    return common if common >= MIN_SHARED_TOKENS else 0
+    """Length of the common prefix; at least one token stays on each side for the reward's position."""
+    return 0 if max(len(a), len(b)) > max_shared_length else common_length(a[:-1], b[:-1])
 
 
-def _build_group(sequences: Sequence[Ids], rows: list[int], length: int) -> Group:
-    return Group(sequences[rows[0]][:length], tuple(sequences[row][length:] for row in rows), tuple(rows))
+def _cut(lengths: Sequence[int], shared: Sequence[int], token_budget: int) -> list[slice]:
+    """The sorted sequences in runs whose tries fit the budget, so that the tokens computed and `EXTRA_BATCH_SHARE` for
+    each run are the least together: a run's first sequence is computed whole, what it shares with the one before again.
+
+    The shortest path through the places to cut at. A start that has become too early for one end is so for all later
+    ones, and one that is no better than a later one is never needed again: so starts wait in a queue.
+    """
+    up_to = [0, *accumulate(length - common for length, common in zip(lengths, shared, strict=True))]
+    least, begun = [0.0], []
+    starts: deque[tuple[float, int]] = deque()
+    for end in range(1, len(up_to)):
+        cost = least[-1] + shared[end - 1] + EXTRA_BATCH_SHARE * token_budget
+        while starts and starts[-1][0] > cost:
+            starts.pop()
+        starts.append((cost, end - 1))
+        while (start := starts[0][1]) < end - 1 and up_to[end] - up_to[start] + shared[start] > token_budget:
+            starts.popleft()
+        least.append(starts[0][0])
+        begun.append(start)
+    runs = []
+    end = len(lengths)
+    while end:
+        runs.append(slice(begun[end - 1], end))
+        end = begun[end - 1]
+    return runs[::-1]
 
 
-def _split(group: Group, token_budget: int) -> Iterator[Group]:
-    """The group in parts that fit the budget, each with the prefix again; as few and as even as possible."""
-    room = max(token_budget - len(group.prefix), 1)
-    n_parts = max(1, -(-sum(map(len, group.suffixes)) // room))
-    target = sum(map(len, group.suffixes)) / n_parts
-    start, used = 0, 0
-    for end, suffix in enumerate(group.suffixes):
-        if end > start and (used + len(suffix) > room or used >= target):
-            yield Group(group.prefix, group.suffixes[start:end], group.rows[start:end])
-            start, used = end, 0
-        used += len(suffix)
-    yield Group(group.prefix, group.suffixes[start:], group.rows[start:])
+def _grow(sequences: Sequence[Ids], shared: Sequence[int], rows: Sequence[int]) -> Iterator[Node]:
+    """The nodes of a run of sorted sequences that share so many tokens with the one before each."""
+    path: list[tuple[int, int]] = []  # of the prefixes that are still shared: where each ends, and its place
+    place = 0
+    for number, (ids, row) in enumerate(zip(sequences, rows, strict=True)):
+        depth = shared[number] if number else 0
+        while path and path[-1][0] > depth:
+            path.pop()
+        for end in _depths_after(shared, number, depth):
+            yield Node(ids[depth:end], path[-1][1] if path else None)
+            path.append((end, place))
+            depth, place = end, place + 1
+        yield Node(ids[depth:], path[-1][1] if path else None, row)
+        place += 1
 
 
-def _pack(parts: list[Group], token_budget: int) -> Iterator[Batch]:
-    """Parts in the order given, as many to a batch as the budget allows."""
-    taken: list[Group] = []
-    used = 0
-    for part in parts:
-        if taken and used + part.computed_tokens > token_budget:
-            yield Batch(tuple(taken))
-            taken, used = [], 0
-        taken.append(part)
-        used += part.computed_tokens
-    if taken:
-        yield Batch(tuple(taken))
+def _depths_after(shared: Sequence[int], number: int, depth: int) -> list[int]:
+    """Where, beyond `depth`, later sequences leave the one with this number, the first place first."""
+    depths: list[int] = []
+    for later in range(number + 1, len(shared)):
+        if shared[later] <= depth:
+            break
+        if not depths or shared[later] < depths[-1]:
+            depths.append(shared[later])
+    return depths[::-1]

@@ -39,10 +39,39 @@ SHAPES = {
 }
 """2, 59 and 292 million parameters, head sizes 32, 64 and 128."""
 
-SHARED_TOKENS = (350, 460)
-OWN_TOKENS = (141, 275)
-"""Lengths of what a group shares (prompt, reference, prompt) and of each output, inclusive: whole sequences of 491 to
-735 tokens, as encoded GSM8K triples have."""
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Groups of one prompt, one reference and their outputs, by the least and the most tokens of each part."""
+
+    what: str
+    prompt: tuple[int, int]
+    reference: tuple[int, int]
+    output: tuple[int, int]
+    group_size: int
+    """Outputs of a group."""
+
+    system: int = 0
+    """Tokens that every prompt begins with, besides its own."""
+
+    references: int = 1
+    """Groups in a row with the same prompt."""
+
+
+WORKLOADS = {
+    "gsm8k": Workload("lengths of GSM8K triples, 4 outputs a group", (90, 130), (130, 240), (141, 275), 4),
+    "gsm8k-44": Workload("the same, 44 outputs a group", (90, 130), (130, 240), (141, 275), 44),
+    "gaokao": Workload("lengths of Chinese exam questions, 9 outputs a group", (90, 420), (60, 330), (60, 420), 9),
+    "long": Workload("1k prompts, references and outputs, 8 a group", (900, 1100), (900, 1100), (900, 1100), 8),
+    "longest": Workload(
+        "2k prompts, 4k references, 1k outputs, 16 a group", (2000, 2000), (4000, 4000), (900, 1100), 16
+    ),
+    "references": Workload(
+        "a system prompt, 4 references a prompt, 4 outputs each", (90, 130), (130, 240), (141, 275), 4, 200, 4
+    ),
+    "strangers": Workload("nothing in common: 1 output a group", (90, 130), (130, 240), (141, 275), 1),
+}
+"""What engines are compared on. A sequence is `prompt reference prompt output`, with `system` before either prompt."""
 
 PROMPT_WORDS, REFERENCE_WORDS, OUTPUT_WORDS = 60, 70, 80
 """About 400 tokens a triple in the tokenizer that ships here."""
@@ -86,20 +115,25 @@ def write_random_checkpoint(folder: Path, shape: Shape, *, seed: int = 0) -> Non
         shutil.copyfile(EMBEDDED_FOLDER / name, folder / name)
 
 
-def random_groups(n_groups: int, group_size: int, vocab_size: int, *, seed: int = 0) -> list[Ids]:
-    """`n_groups * group_size` sequences, those of a group consecutive, as a trainer would send them."""
+def random_groups(
+    workload: Workload, n_groups: int, vocab_size: int, *, group_size: int | None = None, seed: int = 0
+) -> list[Ids]:
+    """Sequences of `n_groups` groups, those of a group consecutive, as a trainer would send them; with `group_size`
+    outputs each instead of the workload's."""
     chance = np.random.default_rng(seed)
 
-    def draw(lengths: tuple[int, int]) -> Ids:
-        return chance.integers(0, vocab_size, chance.integers(lengths[0], lengths[1] + 1), dtype=np.int32)
+    def draw(least: int, most: int) -> Ids:
+        return chance.integers(0, vocab_size, chance.integers(least, most + 1), dtype=np.int32)
 
-    def sequences() -> Iterator[Ids]:
-        for _ in range(n_groups):
-            shared = draw(SHARED_TOKENS)
-            for _ in range(group_size):
-                yield np.concatenate([shared, draw(OWN_TOKENS)])
-
-    return list(sequences())
+    system = draw(workload.system, workload.system)
+    prompt, sequences = system, []
+    for number in range(n_groups):
+        if number % workload.references == 0:
+            prompt = np.concatenate([system, draw(*workload.prompt)])
+        shared = np.concatenate([prompt, draw(*workload.reference), prompt])
+        outputs = (draw(*workload.output) for _ in range(group_size or workload.group_size))
+        sequences += [np.concatenate([shared, output]) for output in outputs]
+    return sequences
 
 
 def random_triples(n_groups: int, group_size: int, *, seed: int = 0) -> list[Triple]:

@@ -30,8 +30,12 @@ ShapeName = Annotated[
 WeightsInstead = Annotated[
     str | None, typer.Option("--model", help="A checkpoint's folder or hub name instead of random weights.")
 ]
+WorkloadName = Annotated[
+    Literal["gsm8k", "gsm8k-44", "gaokao", "long", "longest", "references", "strangers"],
+    typer.Option(help="What is scored: lengths, and what sequences have in common."),
+]
 Groups = Annotated[int, typer.Option(min=1, help="Groups of outputs that share prompt and reference.")]
-GroupSize = Annotated[int, typer.Option(min=1, help="Outputs of one group.")]
+GroupSize = Annotated[int | None, typer.Option(min=1, help="Outputs of one group. Left out: the workload's.")]
 Seed = Annotated[int, typer.Option(help="Of weights, ids and lengths.")]
 Results = Annotated[Path | None, typer.Option("--output", "-o", help="Write the results as JSON to this file.")]
 
@@ -48,8 +52,9 @@ def engine(
     shape: ShapeName = "small",
     model: WeightsInstead = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32 or bfloat16. Repeatable; left out, both.")] = None,
+    workload: WorkloadName = "gsm8k",
     groups: Groups = 8,
-    group_size: GroupSize = 4,
+    group_size: GroupSize = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each method, interleaved.")] = 3,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Left out: one per core.")] = None,
     seed: Seed = 0,
@@ -57,14 +62,14 @@ def engine(
 ) -> None:
     """Compare the torch engine with padded batches through transformers, on a CPU.
 
-    Ids are random; lengths are those of GSM8K triples. The methods take turns in one process; the median CPU
+    Ids are random, lengths those of a workload. The methods take turns in one process; the median CPU
     seconds of each are compared, so that other work on the machine counts little. One dtype a run gives the
     cleanest figures.
 
     [dim]polar-ray bench engine --shape small --dtype bfloat16 --output engine.json[/]
     """
     from polar_ray.bench.engine import bench_engine
-    from polar_ray.bench.workload import SHAPES, random_groups
+    from polar_ray.bench.workload import SHAPES, WORKLOADS, random_groups
     from polar_ray.model.checkpoint import Checkpoint
 
     dtypes = dtype or ["float32", "bfloat16"]
@@ -72,7 +77,7 @@ def engine(
         raise ConfigError(f"--dtype {min(unknown)}: expected float32 or bfloat16")
     with _checkpoint(shape, model, seed) as folder:
         vocab_size = Checkpoint.open(folder).config.vocab_size
-        sequences = random_groups(groups, group_size, vocab_size, seed=seed)
+        sequences = random_groups(WORKLOADS[workload], groups, vocab_size, group_size=group_size, seed=seed)
         results = bench_engine(folder, sequences, dtypes=dtypes, rounds=rounds, threads=threads)
     for result in results:
         Console().print(_table(result))
@@ -82,8 +87,7 @@ def engine(
         settings = {
             "shape": asdict(SHAPES[shape]) if model is None else Path(model).name,
             "dtypes": dtypes,
-            "groups": groups,
-            "group_size": group_size,
+            **_work(workload, groups, group_size),
             "sequences": len(sequences),
             "rounds": rounds,
             "threads": threads,
@@ -93,7 +97,8 @@ def engine(
             [
                 f"polar-ray bench engine {_weights_option(shape, model)}",
                 *(f"--dtype {name}" for name in dtypes),
-                f"--groups {groups} --group-size {group_size} --rounds {rounds} --seed {seed}",
+                _work_options(workload, groups, group_size),
+                f"--rounds {rounds} --seed {seed}",
                 *([f"--threads {threads}"] if threads is not None else []),
             ]
         )
@@ -112,8 +117,9 @@ def engines(
     ] = None,
     shape: ShapeName = "small",
     model: WeightsInstead = None,
+    workload: WorkloadName = "gsm8k",
     groups: Groups = 8,
-    group_size: GroupSize = 8,
+    group_size: GroupSize = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each engine.")] = 5,
     seed: Seed = 0,
     config: ConfigFile = None,
@@ -130,7 +136,7 @@ def engines(
     [dim]polar-ray bench engines --set engine.dtype=bfloat16 --model internlm/POLAR-1_8B[/]
     """
     from polar_ray.bench.engines import bench_engines, installed_kinds
-    from polar_ray.bench.workload import SHAPES, random_groups
+    from polar_ray.bench.workload import SHAPES, WORKLOADS, random_groups
     from polar_ray.model.checkpoint import Checkpoint
 
     named = engine or installed_kinds()
@@ -138,7 +144,7 @@ def engines(
     busy_before, notes = os.getloadavg(), Console(stderr=True)
     with _checkpoint(shape, model, seed) as folder, notes.status("") as status:
         vocab_size = Checkpoint.open(folder).config.vocab_size
-        sequences = random_groups(groups, group_size, vocab_size, seed=seed)
+        sequences = random_groups(WORKLOADS[workload], groups, vocab_size, group_size=group_size, seed=seed)
         results = bench_engines(
             folder, [each.engine for each in settings], sequences, rounds=rounds, on_stage=status.update
         )
@@ -152,7 +158,8 @@ def engines(
         options = [
             *(f"--engine {kind}" for kind in kinds),
             _weights_option(shape, model),
-            f"--groups {groups} --group-size {group_size} --rounds {rounds} --seed {seed}",
+            _work_options(workload, groups, group_size),
+            f"--rounds {rounds} --seed {seed}",
             *(f"--set {assignment}" for assignment in assignments or ()),
         ]
         content = {
@@ -160,6 +167,7 @@ def engines(
             **provenance(),
             "load_average": {"before": busy_before, "after": os.getloadavg()},
             "shape": asdict(SHAPES[shape]) if model is None else Path(model).name,
+            **_work(workload, groups, group_size),
             "sequences": len(sequences),
             "results": [asdict(result) for result in results],
         }
@@ -227,6 +235,25 @@ def serve(
             "results": results,
         }
         _write(output, content)
+
+
+def _work(workload: str, groups: int, group_size: int | None) -> dict[str, Any]:
+    from polar_ray.bench.workload import WORKLOADS
+
+    lengths = asdict(WORKLOADS[workload])
+    return {
+        "workload": {"name": workload, **lengths},
+        "groups": groups,
+        "group_size": group_size or lengths["group_size"],
+    }
+
+
+def _work_options(workload: str, groups: int, group_size: int | None) -> str:
+    words = [
+        f"--workload {workload} --groups {groups}",
+        *([] if group_size is None else [f"--group-size {group_size}"]),
+    ]
+    return " ".join(words)
 
 
 def _refuse_unknown(option: str, given: Iterable[str], known: Iterable[str]) -> None:

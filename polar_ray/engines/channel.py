@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import socket
 import struct
-from itertools import pairwise
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from polar_ray.planning import Batch, Group, Ids
+from polar_ray.planning import Batch, Ids, Node
 
 LENGTHS = struct.Struct("<QQ")
 """Bytes of the JSON, then of the array behind it."""
@@ -68,19 +68,16 @@ class Channel:
 
 def batch_message(batch: Batch) -> Message:
     """The ids of `batch`; the rows they belong to stay behind."""
-    lengths = [[len(group.prefix), *map(len, group.suffixes)] for group in batch.groups]
-    parts = [part for group in batch.groups for part in (group.prefix, *group.suffixes)]
-    return Message({"lengths": lengths}, np.concatenate(parts).astype("<i4").tobytes())
+    nodes = [[len(node.ids), node.parent, node.row is not None] for node in batch.nodes]
+    return Message({"nodes": nodes}, np.concatenate([node.ids for node in batch.nodes]).astype("<i4").tobytes())
 
 
 def read_batch(message: Message) -> Batch:
     """What `batch_message` was given, its sequences numbered from 0."""
     ids: Ids = np.frombuffer(message.body, dtype="<i4")
-    groups: list[Group] = []
-    start = row = 0
-    for lengths in message.head["lengths"]:
-        edges = [start, *(start + np.cumsum(lengths)).tolist()]
-        prefix, *suffixes = (ids[begin:end] for begin, end in pairwise(edges))
-        groups.append(Group(prefix, tuple(suffixes), tuple(range(row, row + len(suffixes)))))
-        start, row = edges[-1], row + len(suffixes)
-    return Batch(tuple(groups))
+    nodes: list[Node] = []
+    start, rows = 0, count()
+    for length, parent, is_end in message.head["nodes"]:
+        nodes.append(Node(ids[start : start + length], parent, next(rows) if is_end else None))
+        start += length
+    return Batch(tuple(nodes))

@@ -193,18 +193,25 @@ def environment_of(engine: EngineConfig) -> dict[str, str]:
 
 
 def in_turns(batch: Batch) -> list[list[int]]:
-    """The places of the batch's sequences, in the order to send them: of each group that shares, the first one; then
-    all others."""
-    first: list[int] = []
-    others: list[int] = []
-    place = 0
-    for group in batch.groups:
-        members = range(place, place + len(group.suffixes))
-        shares = len(group.prefix) > 0 and len(members) > 1
-        first += members[:1] if shares else []
-        others += members[1:] if shares else members
-        place = members.stop
-    return [places for places in (first, others) if places]
+    """The places of the batch's sequences in the order to send them, turn by turn: of those that share a prefix which
+    is not computed yet, the first one, and the others when it is."""
+    ends = [place for place, node in enumerate(batch.nodes) if node.row is not None]
+    waiting = [(number, batch.path(place)) for number, place in enumerate(ends)]
+    computed: set[int] = set()
+    turns: list[list[int]] = []
+    while waiting:
+        now, later = [], []
+        meanwhile: set[int] = set()
+        for number, path in waiting:
+            if meanwhile.isdisjoint(path):
+                now.append(number)
+                meanwhile.update(set(path) - computed)
+            else:
+                later.append((number, path))
+        turns.append(now)
+        computed |= meanwhile
+        waiting = later
+    return turns
 
 
 def read_rows(rows: Any, sent: Sequence[Sequence[int]]) -> list[float]:

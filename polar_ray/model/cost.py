@@ -62,8 +62,6 @@ def flops_of_batches(config: CheckpointConfig, batches: Iterable[Batch]) -> floa
     for batch in batches:
         tokens += batch.computed_tokens
         rewards += len(batch)
-        for group in batch.groups:
-            shared = len(group.prefix)
-            pairs += causal_pairs(shared)
-            pairs += sum(shared * len(suffix) + causal_pairs(len(suffix)) for suffix in group.suffixes)
+        for start, node in zip(batch.starts, batch.nodes, strict=True):
+            pairs += start * len(node.ids) + causal_pairs(len(node.ids))
     return flops(config, tokens, pairs, rewards)

@@ -20,7 +20,7 @@ from polar_ray.engines.torch.engine import DTYPES
 from polar_ray.engines.torch.layout import Packed, pack
 from polar_ray.errors import TrainingError
 from polar_ray.model.polar import PolarForReward
-from polar_ray.planning import Batch, Group, Ids, plan
+from polar_ray.planning import Batch, Ids, plan
 from polar_ray.training.loss import pair_losses
 from polar_ray.training.packed import PackedPolar
 
@@ -50,7 +50,7 @@ def pack_pairs(
         planned = plan(sequences, token_budget=1 << 62, max_shared_length=max_shared_length)
         (batch,), first_of = planned.batches, planned.first_of
     else:
-        batch = Batch(tuple(Group(ids[:0], (ids,), (row,)) for row, ids in enumerate(sequences)))
+        batch = Batch.unshared(sequences)
         first_of = np.arange(len(sequences))
     place = np.empty(len(sequences), dtype=np.int64)
     place[batch.rows] = np.arange(len(batch.rows))

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 
 from polar_ray.engines.torch.layout import Packed, Segment, Span
@@ -134,47 +135,40 @@ def _mix(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -
 
 def plan_calls(packed: Packed) -> list[Call]:
     """Attention calls that cover every token of `packed` once, few of them and with little padding."""
-    segments = [(family.prefix, segment) for family in packed.every_token for segment in family.segments]
-    segments.sort(key=lambda each: (-_n_keys(*each), -len(each[1].queries)))
-    return [_alone(*group[0]) if len(group) == 1 else _together(group) for group in _similar(segments)]
+    segments = sorted(packed.every_token, key=lambda segment: (-segment.n_keys, -len(segment.queries)))
+    return [_alone(*group) if len(group) == 1 else _together(group) for group in _similar(segments)]
 
 
-def _similar(segments: Sequence[tuple[Span, Segment]]) -> Iterator[list[tuple[Span, Segment]]]:
+def _similar(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
     """Runs of segments that are alike enough to be padded to each other."""
-    taken: list[tuple[Span, Segment]] = []
+    taken: list[Segment] = []
     scores = rows = columns = 0
-    for prefix, segment in segments:
-        n_rows, n_columns = len(segment.queries), _n_keys(prefix, segment)
+    for segment in segments:
+        n_rows, n_columns = len(segment.queries), segment.n_keys
         together = scores + n_rows * n_columns
         padded = (len(taken) + 1) * max(rows, n_rows) * max(columns, n_columns)
         if taken and (columns > BATCHED_KEYS or padded * (1 - PADDING_SHARE) > together):
             yield taken
             taken, scores, rows, columns = [], 0, 0, 0
             together = n_rows * n_columns
-        taken.append((prefix, segment))
+        taken.append(segment)
         scores, rows, columns = together, max(rows, n_rows), max(columns, n_columns)
     if taken:
         yield taken
 
 
-def _alone(prefix: Span, segment: Segment) -> Call:
-    queries = torch.arange(segment.queries.start, segment.queries.end)
-    keys = torch.cat([torch.arange(prefix.start, prefix.end), torch.arange(segment.own.start, segment.own.end)])
-    return Call(queries.unsqueeze(0), keys.unsqueeze(0), None, None, queries)
+def _alone(segment: Segment) -> Call:
+    queries = _places(segment.queries)
+    return Call(queries.unsqueeze(0), _key_places(segment).unsqueeze(0), None, None, queries)
 
 
-def _together(segments: Sequence[tuple[Span, Segment]]) -> Call:
-    n_rows = torch.tensor([len(segment.queries) for _, segment in segments]).unsqueeze(1)
-    n_prefix = torch.tensor([len(prefix) for prefix, _ in segments]).unsqueeze(1)
-    n_keys = torch.tensor([_n_keys(prefix, segment) for prefix, segment in segments]).unsqueeze(1)
-    prefix_start = torch.tensor([prefix.start for prefix, _ in segments]).unsqueeze(1)
-    own_start = torch.tensor([segment.own.start for _, segment in segments]).unsqueeze(1)
-    query_start = torch.tensor([segment.queries.start for _, segment in segments]).unsqueeze(1)
-    row, column = torch.arange(int(n_rows.max())), torch.arange(int(n_keys.max()))
-    is_row, is_column = row < n_rows, column < n_keys
-    queries = torch.where(is_row, query_start + row, 0)
-    keys = torch.where(column < n_prefix, prefix_start + column, own_start + column - n_prefix)
-    keys = torch.where(is_column, keys, 0)
+def _together(segments: Sequence[Segment]) -> Call:
+    n_rows = torch.tensor([len(segment.queries) for segment in segments]).unsqueeze(1)
+    n_keys = torch.tensor([segment.n_keys for segment in segments]).unsqueeze(1)
+    queries = pad_sequence([_places(segment.queries) for segment in segments], batch_first=True)
+    keys = pad_sequence([_key_places(segment) for segment in segments], batch_first=True)
+    row, column = torch.arange(queries.shape[1]), torch.arange(keys.shape[1])
+    is_row = row < n_rows
     # Query i of a segment is its key n_keys - n_rows + i. A padded query sees what the last one sees: something.
     last_seen = (n_keys - n_rows + row).clamp(max=n_keys - 1)
     mask = (column <= last_seen.unsqueeze(-1)).unsqueeze(1)
@@ -182,5 +176,9 @@ def _together(segments: Sequence[tuple[Span, Segment]]) -> Call:
     return Call(queries, keys, mask, kept, queries[is_row])
 
 
-def _n_keys(prefix: Span, segment: Segment) -> int:
-    return len(prefix) + len(segment.own)
+def _key_places(segment: Segment) -> Tensor:
+    return torch.cat([_places(span) for span in (*segment.prefix, segment.own)])
+
+
+def _places(span: Span) -> Tensor:
+    return torch.arange(span.start, span.end)

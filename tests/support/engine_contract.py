@@ -10,7 +10,7 @@ import pytest
 
 from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.model.locate import EMBEDDED_FOLDER
-from polar_ray.planning import Batch, Group, plan
+from polar_ray.planning import Batch, plan
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def draw(lengths, seed=0):
 
 
 def whole(*sequences):
-    return Batch(tuple(Group(ids[:0], (ids,), (row,)) for row, ids in enumerate(sequences)))
+    return Batch.unshared(sequences)
 
 
 def test_one_float32_reward_for_each_sequence_in_order(engine, claims):

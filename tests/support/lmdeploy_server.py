@@ -28,7 +28,7 @@ from polar_ray.engines import guard, lmdeploy
 from polar_ray.engines.build import resolve_engine
 from polar_ray.engines.torch.engine import TorchEngine
 from polar_ray.model.locate import EMBEDDED_FOLDER
-from polar_ray.planning import Batch, Group
+from polar_ray.planning import Batch
 from polar_ray.scoring import Scorer
 
 ROOT = Path(__file__).parents[2]
@@ -133,7 +133,7 @@ def build(arguments: argparse.Namespace) -> FastAPI:
         if len(ids) > arguments.session_len:
             raise TypeError("'NoneType' object is not subscriptable")
         tokens = np.array(ids, dtype=np.int32)
-        reward = engine.score(Batch((Group(tokens[:0], (tokens,), (0,)),)))[0]
+        reward = engine.score(Batch.unshared([tokens]))[0]
         logits = torch.full((len(ids), 1), float(reward), dtype=torch.float64)
         return logits.squeeze()[-1].item()
 

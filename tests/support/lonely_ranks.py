@@ -12,7 +12,7 @@ import numpy as np
 from polar_ray.config import EngineConfig
 from polar_ray.engines.ranks import RanksEngine
 from polar_ray.model.locate import EMBEDDED_FOLDER
-from polar_ray.planning import Batch, Group
+from polar_ray.planning import Batch
 
 if __name__ == "__main__":
     engines = []
@@ -21,6 +21,6 @@ if __name__ == "__main__":
     thread.start()
     thread.join()
     ids = np.arange(9, dtype=np.int32)
-    sys.stdout.write(f"{engines[0].score(Batch((Group(ids[:0], (ids,), (0,)),)))}\n")
+    sys.stdout.write(f"{engines[0].score(Batch.unshared([ids]))}\n")
     sys.stdout.flush()
     time.sleep(600)

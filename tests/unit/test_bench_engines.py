@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from polar_ray.bench.engines import bench_engines
 from polar_ray.bench.processes import ProcessTree
-from polar_ray.bench.workload import random_groups
+from polar_ray.bench.workload import WORKLOADS, random_groups
 from polar_ray.cli.bench import app
 from polar_ray.config import EngineConfig
 from polar_ray.errors import ConfigError, EngineStartError
@@ -64,13 +64,13 @@ def test_an_ended_process_has_nothing():
 
 def test_each_engine_is_measured_shared_and_unshared(tmp_path):
     file = tmp_path / "engines.json"
-    command = "engines --engine torch --shape tiny --groups 1 --group-size 3 --rounds 2"
+    command = "engines --engine torch --shape tiny --workload gsm8k --groups 1 --group-size 3 --rounds 2"
     arguments = [*command.split(), "--set", "engine.threads=1", "-o", str(file)]
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0
     content = json.loads(file.read_text())
     assert content["command"].startswith(
-        "polar-ray bench engines --engine torch --shape tiny --groups 1 --group-size 3"
+        "polar-ray bench engines --engine torch --shape tiny --workload gsm8k --groups 1 --group-size 3"
     )
     shared, unshared = content["results"]
     assert (shared["share_prefixes"], unshared["share_prefixes"]) == (True, False)
@@ -88,7 +88,7 @@ def test_each_engine_is_measured_shared_and_unshared(tmp_path):
 def test_an_engine_that_does_not_start_says_why():
     missing = EngineConfig(kind="vllm", python=sys.executable, device="cpu")
     with pytest.raises(EngineStartError, match="has no vllm"):
-        bench_engines(EMBEDDED_FOLDER, [missing], random_groups(1, 2, 1000), rounds=1)
+        bench_engines(EMBEDDED_FOLDER, [missing], random_groups(WORKLOADS["gsm8k"], 1, 1000, group_size=2), rounds=1)
 
 
 @pytest.mark.parametrize(
@@ -101,4 +101,9 @@ def test_an_engine_that_does_not_start_says_why():
 )
 def test_what_is_not_started_here_is_refused(engine, message):
     with pytest.raises(ConfigError, match=message):
-        bench_engines(EMBEDDED_FOLDER, [EngineConfig(**engine)], random_groups(1, 2, 1000), rounds=1)
+        bench_engines(
+            EMBEDDED_FOLDER,
+            [EngineConfig(**engine)],
+            random_groups(WORKLOADS["gsm8k"], 1, 1000, group_size=2),
+            rounds=1,
+        )

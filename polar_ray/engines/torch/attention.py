@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polar_ray.engines.torch.layout import Family, Segment, Span
+from polar_ray.engines.torch.layout import Segment, Span
 from polar_ray.engines.torch.linear import onednn_product, onednn_works
 
 BLOCK_TOKENS = 128
@@ -38,8 +39,8 @@ class Attention(Protocol):
     score_scale: float
     """What queries are multiplied by before they come here."""
 
-    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, families: Sequence[Family]) -> Tensor:
-        """`[T, G * R * D]` from queries `[G, T, R, D]`, all in `families`, and keys and values `[G, any, D]`."""
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """`[T, G * R * D]` from queries `[G, T, R, D]`, all in `segments`, and keys and values `[G, any, D]`."""
         ...
 
 
@@ -60,12 +61,12 @@ class SdpaAttention:
     def __init__(self, head_dim: int) -> None:
         self.score_scale = head_dim**-0.5
 
-    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, families: Sequence[Family]) -> Tensor:
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, segments: Sequence[Segment]) -> Tensor:
         groups, n_tokens, per_key, size = queries.shape
         out = queries.new_empty(n_tokens, groups * per_key, size)
-        for segment, n_prefix, own_keys, own_values in _segments(families, keys, values):
+        for segment, own_keys, own_values in _segments(segments, keys, values):
             own_keys, own_values = (part.repeat_interleave(per_key, 0).unsqueeze(0) for part in (own_keys, own_values))
-            for rows, n_keys in _blocks(segment, n_prefix + len(segment.own), SDPA_BLOCK_TOKENS):
+            for rows, n_keys in _blocks(segment, segment.n_keys, SDPA_BLOCK_TOKENS):
                 q = queries[:, rows.start : rows.end].transpose(1, 2).reshape(1, groups * per_key, len(rows), size)
                 whole = len(rows) == n_keys
                 mask = None if whole else queries.new_ones(len(rows), n_keys, dtype=torch.bool).tril(n_keys - len(rows))
@@ -89,14 +90,14 @@ class BlockAttention:
         self.score_scale = math.log2(math.e) * head_dim**-0.5
         self._later = _later(BLOCK_TOKENS, queries_per_key, dtype, torch.device("cpu"))
 
-    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, families: Sequence[Family]) -> Tensor:
-        out, lowest, highest = self._mix(queries, keys, values, families, subtract_largest=False)
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, segments: Sequence[Segment]) -> Tensor:
+        out, lowest, highest = self._mix(queries, keys, values, segments, subtract_largest=False)
         if not (lowest > LOWEST_SUM and highest < HIGHEST_SUM):
-            out, _, _ = self._mix(queries, keys, values, families, subtract_largest=True)
+            out, _, _ = self._mix(queries, keys, values, segments, subtract_largest=True)
         return out
 
     def _mix(
-        self, queries: Tensor, keys: Tensor, values: Tensor, families: Sequence[Family], *, subtract_largest: bool
+        self, queries: Tensor, keys: Tensor, values: Tensor, segments: Sequence[Segment], *, subtract_largest: bool
     ) -> tuple[Tensor, float, float]:
         """The values mixed, and the lowest and highest sum of a row's weights before they were normalised."""
         groups, n_tokens, per_key, size = queries.shape
@@ -104,8 +105,8 @@ class BlockAttention:
         sums = queries.new_empty(groups, n_tokens, per_key)
         # Only in bfloat16 does torch send batches of products to oneDNN; float32 ones would end in MKL.
         step = groups if queries.dtype == torch.bfloat16 else 1
-        for segment, n_prefix, own_keys, own_values in _segments(families, keys, values):
-            n_all = n_prefix + len(segment.own)
+        for segment, own_keys, own_values in _segments(segments, keys, values):
+            n_all = segment.n_keys
             most_tokens = BLOCK_SCORES // (step * per_key * n_all)
             for rows, n_keys in _blocks(segment, n_all, max(16, min(BLOCK_TOKENS, most_tokens))):
                 n_rows = len(rows)
@@ -140,11 +141,11 @@ class PlacedAttention:
         self._later = _later(block_tokens, queries_per_key, dtype, device)
         self._mix = _mix_by_products if onednn_works(dtype, device.type) else _mix_by_sdpa
 
-    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, families: Sequence[Family]) -> Tensor:
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, segments: Sequence[Segment]) -> Tensor:
         groups, n_tokens, per_key, size = queries.shape
         out = queries.new_zeros(n_tokens, groups, per_key, size)
-        for segment, n_prefix, own_keys, own_values in _segments(families, keys, values):
-            n_keys = n_prefix + len(segment.own)
+        for segment, own_keys, own_values in _segments(segments, keys, values):
+            n_keys = segment.n_keys
             first = n_keys - len(segment.queries)
             missing = -n_keys % self._size
             own_keys, own_values = (F.pad(part, (0, 0, 0, missing)) for part in (own_keys, own_values))
@@ -195,19 +196,19 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return onednn_product(a[0], b[0]).unsqueeze(0)
 
 
-def _segments(
-    families: Sequence[Family], keys: Tensor, values: Tensor
-) -> Iterator[tuple[Segment, int, Tensor, Tensor]]:
-    """Each segment with the length of its prefix and all its keys and values, the prefix's first."""
-    for family in families:
-        prefix = slice(family.prefix.start, family.prefix.end)
-        for segment in family.segments:
-            own = slice(segment.own.start, segment.own.end)
-            if not len(family.prefix):
-                yield segment, 0, keys[:, own], values[:, own]
-                continue
-            all_keys = torch.cat([keys[:, prefix], keys[:, own]], 1)
-            yield segment, len(family.prefix), all_keys, torch.cat([values[:, prefix], values[:, own]], 1)
+def _segments(segments: Sequence[Segment], keys: Tensor, values: Tensor) -> Iterator[tuple[Segment, Tensor, Tensor]]:
+    """Each segment with all its keys and values, the prefix's first."""
+    for segment in segments:
+        spans = (*segment.prefix, segment.own)
+        if all(span.end == following.start for span, following in pairwise(spans)):
+            whole = slice(spans[0].start, segment.own.end)
+            yield segment, keys[:, whole], values[:, whole]
+        else:
+            yield segment, _join(keys, spans), _join(values, spans)
+
+
+def _join(parts: Tensor, spans: Sequence[Span]) -> Tensor:
+    return torch.cat([parts[:, span.start : span.end] for span in spans], 1)
 
 
 def _blocks(segment: Segment, n_keys: int, max_tokens: int) -> Iterator[tuple[Span, int]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from polar_ray.config import RopeBase
 from polar_ray.engines.torch.attention import PLACED_BLOCK_TOKENS, attention_for
-from polar_ray.engines.torch.layout import Family, Packed
+from polar_ray.engines.torch.layout import Packed, Segment
 from polar_ray.engines.torch.linear import Linear, linear_kind
 from polar_ray.engines.torch.shard import Shard
 from polar_ray.model.architecture import split_wqkv
@@ -110,7 +110,7 @@ class Decoder:
         self._finish(layer, x_SH, self._last_attention(queries, keys, values, packed.last_tokens))
         return self._read_off(x_SH)
 
-    def first_layer(self, x_TH: Tensor, families: Sequence[Family]) -> tuple[Tensor, Tensor]:
+    def first_layer(self, x_TH: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
         """What the first layer computes of each row of a residual stream by itself, with the value head, float32
         `[T, any]`; and its attention, in which every row has the same position, `[T, H]`."""
         layer, x_TH = self._layers[0], x_TH.clone()
@@ -122,7 +122,7 @@ class Decoder:
         self._finish(layer, x_TH, queries.transpose(0, 1).flatten(1))
         parts = [*(part.transpose(0, 1).flatten(1) for part in (queries, keys, values)), x_TH]
         by_row = torch.cat([*(part.float() for part in parts), self._read_off(x_TH).unsqueeze(1)], 1)
-        return by_row, self._attention(queries, keys, values, families)
+        return by_row, self._attention(queries, keys, values, segments)
 
     def _turn(self, positions_T: Tensor, lengths_T: Tensor) -> Tensor:
         """Unit complex numbers `[T, 1, D / 2]`."""

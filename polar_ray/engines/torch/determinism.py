@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from polar_ray.engines.torch.decoder import Decoder
-from polar_ray.engines.torch.layout import Family, Segment, Span
+from polar_ray.engines.torch.layout import Segment, Span
 from polar_ray.errors import EngineStartError
 
 STEP_TOKENS = 64
@@ -59,9 +59,9 @@ def fill_up(n_rows: int, lengths: Sequence[int]) -> int:
 def _try(decoder: Decoder, rows: Tensor, size: int) -> tuple[Tensor | None, Tensor]:
     """What each of `rows` comes to in a chunk of `size` filled with them, None if that depends on its place; and the
     attention of the whole chunk."""
-    everything, nothing = Span(0, size), Span(0, 0)
+    everything = Span(0, size)
     filled = rows.repeat(-(-size // len(rows)), 1)[:size]
-    by_row, attended = decoder.first_layer(filled, [Family(nothing, (Segment(everything, everything),))])
+    by_row, attended = decoder.first_layer(filled, [Segment(everything, everything)])
     first = by_row[: len(rows)]
     same = torch.equal(by_row, first.repeat(-(-size // len(rows)), 1)[:size])
     return (first if same else None), attended

@@ -1,18 +1,20 @@
-"""A batch as one row of tokens: each prefix once, its suffixes behind it, no padding.
+"""A batch as one row of tokens: each prefix once, what follows it behind it, no padding.
 
 Letters: T computed tokens, S sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from polar_ray.planning import Batch, Ids
+from polar_ray.planning import Batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,18 +30,18 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Queries that attend causally to their own tokens. `queries` are places of the last of `own`."""
+    """Queries that attend to all of their prefix, span after span, and causally to their own tokens.
+
+    `queries` are places of the last of `own`.
+    """
 
     queries: Span
     own: Span
+    prefix: tuple[Span, ...] = ()
 
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """Segments that all attend to the whole of `prefix`, which may be empty, and then each to its own tokens."""
-
-    prefix: Span
-    segments: tuple[Segment, ...]
+    @property
+    def n_keys(self) -> int:
+        return sum(map(len, self.prefix)) + len(self.own)
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,10 @@ class Packed:
     positions_T: Tensor
     lengths_T: Tensor
     last_S: Tensor
-    every_token: tuple[Family, ...]
+    every_token: tuple[Segment, ...]
     """Attention of all tokens."""
 
-    last_tokens: tuple[Family, ...]
+    last_tokens: tuple[Segment, ...]
     """Attention of the tokens at `last_S` alone: `queries` are places in `last_S`."""
 
     def to(self, device: torch.device) -> Packed:
@@ -65,55 +67,46 @@ class Packed:
 
 
 def pack(batch: Batch, max_shared_length: int | None = None, fill_up: Callable[[int], int] | None = None) -> Packed:
-    """`batch` must hold at least one sequence. A group with a longer sequence than `max_shared_length` is unshared.
+    """`batch` must hold at least one sequence. One with a longer sequence than `max_shared_length` is unshared.
 
     With `fill_up`, from a number of rows to the number there must be, tokens that nobody attends to and last places
     that nobody asks for follow at the end.
     """
-    ids: list[Ids] = []
-    positions: list[Ids] = []
-    lengths: list[Ids] = []
-    last: list[int] = []
-    every: list[Family] = []
-    lasts: list[Family] = []
-    place = 0
-
-    def add(part: Ids, offset: int) -> Span:
-        nonlocal place
-        ids.append(part)
-        positions.append(np.arange(offset, offset + len(part), dtype=np.int32))
-        lengths.append(np.full(len(part), offset + len(part), dtype=np.int32))
-        place += len(part)
-        return Span(place - len(part), place)
-
-    for prefix_ids, suffixes in _parts(batch, max_shared_length):
-        prefix = add(prefix_ids, 0)
-        own = [add(suffix, len(prefix)) for suffix in suffixes]
-        if len(prefix):
-            every.append(Family(Span(prefix.start, prefix.start), (Segment(prefix, prefix),)))
-        every.append(Family(prefix, tuple(Segment(span, span) for span in own)))
-        lasts.append(Family(prefix, tuple(Segment(Span(n, n + 1), span) for n, span in enumerate(own, len(last)))))
-        last += [span.end - 1 for span in own]
+    if max_shared_length is not None and _longest(batch) > max_shared_length:
+        batch = Batch.unshared(batch.sequences())
+    ids = [node.ids for node in batch.nodes]
+    edges = [0, *accumulate(map(len, ids))]
+    spans = [Span(start, end) for start, end in pairwise(edges)]
+    every = [_segment(batch, place, span, spans) for place, span in enumerate(spans)]
+    positions = [np.arange(start, start + len(part)) for start, part in zip(batch.starts, ids, strict=True)]
+    lengths = [np.full(len(part), start + len(part)) for start, part in zip(batch.starts, ids, strict=True)]
+    ends = [segment for segment, node in zip(every, batch.nodes, strict=True) if node.row is not None]
+    last = [segment.own.end - 1 for segment in ends]
+    lasts = [Segment(Span(n, n + 1), segment.own, segment.prefix) for n, segment in enumerate(ends)]
 
     if fill_up is not None:
-        n_missing = fill_up(place) - place
+        n_missing = fill_up(edges[-1]) - edges[-1]
         ids.append(np.zeros(n_missing, dtype=np.int32))
-        positions.append(np.zeros(n_missing, dtype=np.int32))
-        lengths.append(np.ones(n_missing, dtype=np.int32))
+        positions.append(np.zeros(n_missing, dtype=np.int64))
+        lengths.append(np.ones(n_missing, dtype=np.int64))
         last += [0] * (fill_up(len(last)) - len(last))
 
-    def tensor(parts: list[Ids]) -> Tensor:
+    def tensor(parts: Sequence[npt.NDArray[np.int32 | np.int64]]) -> Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
     last_S = torch.tensor(last, dtype=torch.int64)
     return Packed(tensor(ids), tensor(positions), tensor(lengths), last_S, tuple(every), tuple(lasts))
 
 
-def _parts(batch: Batch, max_shared_length: int | None) -> Iterator[tuple[Ids, tuple[Ids, ...]]]:
-    for group in batch.groups:
-        longest = len(group.prefix) + max(map(len, group.suffixes))
-        if max_shared_length is None or longest <= max_shared_length:
-            yield group.prefix, group.suffixes
-        else:
-            for suffix in group.suffixes:
-                yield group.prefix[:0], (np.concatenate([group.prefix, suffix]),)
+def _longest(batch: Batch) -> int:
+    return max(start + len(node.ids) for start, node in zip(batch.starts, batch.nodes, strict=True))
+
+
+def _segment(batch: Batch, place: int, own: Span, spans: Sequence[Span]) -> Segment:
+    """A node's tokens, with those before them in as few spans as they lie in."""
+    prefix: list[Span] = []
+    for span in (spans[before] for before in batch.path(place)):
+        if prefix and prefix[-1].end == span.start:
+            span = Span(prefix.pop().start, span.end)
+        prefix.append(span)
+    return Segment(own, own, tuple(prefix))

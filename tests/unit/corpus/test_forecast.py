@@ -19,7 +19,7 @@ from polar_ray.errors import ConfigError
 from polar_ray.model.checkpoint import Checkpoint
 from polar_ray.model.cost import causal_pairs, flops, flops_of_batches
 from polar_ray.model.locate import EMBEDDED_FOLDER
-from polar_ray.planning import Batch, Group
+from polar_ray.planning import Batch, Node
 from polar_ray.scoring import Scorer
 from polar_ray.triples import Triple
 
@@ -122,7 +122,7 @@ def test_operations_are_counted_from_the_shape():
     per_token = 2 * (2 * hidden * kv + 2 * hidden * hidden + 3 * hidden * inner)
     assert flops(SHAPE, 3, causal_pairs(3)) == layers * (3 * per_token + 4 * 6 * hidden)
     ids = np.arange(3, dtype=np.int32)
-    shared = Batch((Group(ids[:2], (ids[2:], ids[:1]), (0, 1)),))
+    shared = Batch((Node(ids[:2]), Node(ids[2:], 0, 0), Node(ids[:1], 0, 1)))
     pairs = 3 + (2 + 1) * 2
     last = 2 * (4 * 2 * hidden * kv + 2 * (2 * hidden * hidden + 3 * hidden * inner))
     assert flops_of_batches(SHAPE, [shared]) == (layers - 1) * (4 * per_token + 4 * pairs * hidden) + last

@@ -10,7 +10,7 @@ from polar_ray.engines.parity import check_parity, judge, panel
 from polar_ray.engines.torch.engine import TorchEngine
 from polar_ray.errors import ConfigError, EngineError, EngineStartError
 from polar_ray.model.locate import EMBEDDED_FOLDER
-from polar_ray.planning import Batch, Group
+from polar_ray.planning import Batch
 
 
 class Wrong:
@@ -26,7 +26,7 @@ class Wrong:
     def score(self, batch):
         if self.change_ids is not None:
             changed = [self.change_ids(ids) for ids in batch.sequences()]
-            batch = Batch(tuple(Group(ids[:0], (ids,), (row,)) for row, ids in enumerate(changed)))
+            batch = Batch.unshared(changed)
         rewards = self.engine.score(batch)
         return rewards if self.change_rewards is None else self.change_rewards(rewards).astype(np.float32)
 

@@ -88,9 +88,9 @@ def test_ranks_that_do_not_divide_the_model_are_refused_with_those_that_would(ch
 def test_a_batch_arrives_as_it_was_sent():
     (batch,) = plan(draw_groups([12, 60]), token_budget=1000).batches
     arrived = read_batch(batch_message(batch))
-    assert [group.prefix.tolist() for group in arrived.groups] == [group.prefix.tolist() for group in batch.groups]
-    sent, found = ([[ids.tolist() for ids in group.suffixes] for group in each.groups] for each in (batch, arrived))
+    sent, found = ([(node.ids.tolist(), node.parent) for node in each.nodes] for each in (batch, arrived))
     assert sent == found
+    assert arrived.rows.tolist() == list(range(len(batch)))
 
 
 @pytest.mark.parametrize(("ranks", "dtype"), [(4, "float32"), (2, "bfloat16")])

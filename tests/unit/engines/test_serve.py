@@ -24,7 +24,7 @@ from polar_ray.errors import (
     Unauthorized,
 )
 from polar_ray.model.locate import EMBEDDED_FOLDER
-from polar_ray.planning import Batch, Group
+from polar_ray.planning import Batch
 from polar_ray.receipts import build_receipt
 from tests.support.endpoint import model_of, running_endpoint, serve_config
 from tests.support.engines import FaultyEngine, contains
@@ -134,7 +134,7 @@ def test_an_address_in_the_wrong_place_or_with_a_token_in_it_is_refused(engine):
 
 def test_a_changed_receipt_ends_the_job():
     ids = np.array(PolarTokenizer(EMBEDDED_FOLDER).encode(["text"])[0], dtype=np.int32)
-    batch = Batch((Group(ids[:0], (ids,), (0,)),))
+    batch = Batch.unshared([ids])
     with scripted_server(rewards_reply([1.0], "r1"), rewards_reply([1.0], "r2")) as script:
         engine = ServeEngine(RewardClient(script.address, expect_receipt="r1"), token_budget=100)
         assert engine.score(batch).tolist() == [1.0]

@@ -13,7 +13,7 @@ from polar_ray.engines.outside import as_switches
 from polar_ray.errors import ConfigError, EngineError, EngineProtocolError, EngineStartError
 from polar_ray.model.checkpoint import Checkpoint
 from polar_ray.model.locate import EMBEDDED_FOLDER
-from polar_ray.planning import Batch, Group
+from polar_ray.planning import Batch, Node
 from tests.support.engine_contract import whole
 from tests.support.scripted_server import scripted_server
 
@@ -93,16 +93,14 @@ def test_an_interpreter_without_it_is_an_error(python):
 
 
 def test_the_first_of_each_group_goes_before_its_siblings():
-    suffixes = (ids(1), ids(2), ids(3))
     batch = Batch(
         (
-            Group(ids(5, 6), suffixes, (0, 1, 2)),
-            Group(ids(), (ids(9),), (3,)),
-            Group(ids(7, 8), suffixes[:2], (4, 5)),
-            Group(ids(7), suffixes[:1], (6,)),
+            *(Node(ids(5, 6)), Node(ids(1), 0, 0), Node(ids(2), 0, 1), Node(ids(3), 0, 2)),
+            Node(ids(9), None, 3),
+            *(Node(ids(7)), Node(ids(1), 5, 4), Node(ids(8), 5), Node(ids(1), 7, 5), Node(ids(2), 7, 6)),
         )
     )
-    assert sglang.in_turns(batch) == [[0, 4], [1, 2, 3, 5, 6]]
+    assert sglang.in_turns(batch) == [[0, 3, 4], [1, 2, 5], [6]]
     assert sglang.in_turns(whole(ids(1), ids(2))) == [[0, 1]]
     assert sglang.in_turns(Batch(())) == []
 
@@ -116,7 +114,7 @@ def test_rewards_are_put_back_in_the_batch_s_order():
             pass
 
     engine = sglang.SglangEngine(Road(), vocab_size=100, max_tokens=10, token_budget=10)
-    batch = Batch((Group(ids(5, 6), (ids(1), ids(2)), (0, 1)), Group(ids(), (ids(9),), (2,))))
+    batch = Batch((Node(ids(5, 6)), Node(ids(1), 0, 0), Node(ids(2), 0, 1), Node(ids(9), None, 2)))
     assert engine.score(batch).tolist() == [12, 13, 9]
     engine.close()
     with pytest.raises(EngineError, match="the engine is closed"):

@@ -6,12 +6,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from polar_ray.bench.workload import Workload, random_groups
 from polar_ray.engines.torch import attention, linear
 from polar_ray.engines.torch.attention import BlockAttention, SdpaAttention
 from polar_ray.engines.torch.engine import TorchEngine
-from polar_ray.engines.torch.layout import Family, Segment, Span
+from polar_ray.engines.torch.layout import Segment, Span
 from polar_ray.errors import EngineError, EngineStartError
-from polar_ray.planning import Batch, Group, plan
+from polar_ray.model.checkpoint import Checkpoint
+from polar_ray.planning import Batch, plan
 from tests.support.checkpoints import write_checkpoint
 from tests.support.reference import Reference
 from tests.unit.model.test_polar import SHAPES, TOLERANCE
@@ -37,7 +39,7 @@ def score(engine, sequences, *, share, token_budget=1000):
 
 
 def one(ids):
-    return Batch((Group(ids[:0], (ids,), (0,)),))
+    return Batch.unshared([ids])
 
 
 @pytest.mark.parametrize("fields", SHAPES.values(), ids=SHAPES)
@@ -50,6 +52,16 @@ def test_rewards_equal_the_reference_shared_unshared_and_alone(tmp_path, fields)
     assert np.abs(score(engine, sequences, share=False) - expected).max() < TOLERANCE
     for ids, reward in zip(sequences[::3], expected[::3], strict=True):
         assert abs(engine.score(one(ids))[0] - reward) < TOLERANCE
+
+
+def test_a_prefix_of_prefixes_gives_the_rewards_of_whole_sequences(tmp_path):
+    folder = write_checkpoint(tmp_path)
+    workload = Workload("", (20, 60), (20, 300), (5, 200), group_size=3, system=50, references=2)
+    sequences = random_groups(workload, 4, Checkpoint.open(folder).config.vocab_size)
+    (batch,) = plan(sequences, token_budget=10_000).batches
+    assert max(len(batch.path(place)) for place in range(len(batch.nodes))) == 3
+    expected = Reference(folder).rewards([ids.tolist() for ids in sequences]).numpy()
+    assert np.abs(TorchEngine.load(folder).score(batch) - expected[batch.rows]).max() < TOLERANCE
 
 
 def test_the_static_base_of_sglang_shares_prefixes_at_any_length(tmp_path):
@@ -68,7 +80,7 @@ def test_a_batch_that_shares_what_it_must_not_is_unshared(tmp_path):
     engine = TorchEngine.load(folder)
     assert engine.max_shared_length == 64
     (batch,) = plan(sequences, token_budget=1000).batches
-    assert len(batch.groups) == 1
+    assert batch.computed_tokens < batch.tokens
     assert np.abs(engine.score(batch) - expected[batch.rows]).max() < TOLERANCE
 
 
@@ -137,15 +149,17 @@ def test_attention_holds_for_scores_of_any_size(scale, dtype):
     generator = torch.Generator().manual_seed(0)
     queries = torch.randn(2, 300, 3, 16, generator=generator) * scale
     keys, values = torch.randn(2, 2, 300, 16, generator=generator)
-    prefix, whole = Span(0, 140), Span(0, 0)
-    families = [
-        Family(whole, (Segment(prefix, prefix),)),
-        Family(prefix, (Segment(Span(140, 141), Span(140, 141)), Segment(Span(141, 300), Span(141, 300)))),
+    first, second, one, rest = Span(0, 80), Span(80, 140), Span(140, 141), Span(141, 300)
+    segments = [
+        Segment(first, first),
+        Segment(second, second, (first,)),
+        Segment(one, one, (Span(0, 140),)),
+        Segment(rest, rest, (Span(0, 60), Span(100, 140))),
     ]
     found = {}
     for attend in (BlockAttention(dtype, 16, 3), SdpaAttention(16)):
         scaled = (queries.to(dtype).double() * attend.score_scale).float()
-        found[type(attend)] = attend(scaled.to(dtype), keys.to(dtype), values.to(dtype), families).float()
+        found[type(attend)] = attend(scaled.to(dtype), keys.to(dtype), values.to(dtype), segments).float()
     assert found[BlockAttention].isfinite().all()
     # Scores rounded to bfloat16 before the exponential are off by up to 2^-9 of their size.
     bound = 1e-3 if dtype == torch.float32 else 0.15

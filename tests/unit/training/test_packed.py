@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from polar_ray.engines.torch.engine import TorchEngine
 from polar_ray.engines.torch.layout import pack
 from polar_ray.model.polar import load_polar
-from polar_ray.planning import Batch, Group, plan
+from polar_ray.planning import Batch, Node, plan
 from polar_ray.training import packed as packed_module
 from polar_ray.training.packed import PackedPolar, plan_calls
 from tests.support.checkpoints import write_checkpoint
@@ -28,16 +28,16 @@ def model(folder):
 def make_batch(lengths: list[tuple[int, list[int]]], seed: int = 0) -> Batch:
     """A group for each (prefix length, suffix lengths)."""
     rng = np.random.default_rng(seed)
-    groups, row = [], 0
+    nodes, row = [], 0
     for prefix, suffixes in lengths:
         ids = [rng.integers(16, 512, size).astype(np.int32) for size in (prefix, *suffixes)]
-        groups.append(Group(ids[0], tuple(ids[1:]), tuple(range(row, row + len(suffixes)))))
+        parent = None
+        if prefix:
+            parent = len(nodes)
+            nodes.append(Node(ids[0]))
+        nodes += [Node(own, parent, row + number) for number, own in enumerate(ids[1:])]
         row += len(suffixes)
-    return Batch(tuple(groups))
-
-
-def unshared(batch: Batch) -> Batch:
-    return Batch(tuple(Group(ids[:0], (ids,), (row,)) for row, ids in enumerate(batch.sequences())))
+    return Batch(tuple(nodes))
 
 
 def gradients(model: PackedPolar, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -66,7 +66,7 @@ def test_rewards_are_the_engine_s(folder, model):
 def test_shared_gradients_are_the_unshared_ones(model, lengths):
     batch = make_batch(lengths)
     shared_rewards, shared = gradients(model, batch)
-    whole_rewards, whole = gradients(model, unshared(batch))
+    whole_rewards, whole = gradients(model, Batch.unshared(batch.sequences()))
     assert torch.allclose(shared_rewards, whole_rewards, atol=1e-4)
     for name, gradient in whole.items():
         assert (shared[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max().clamp(min=1e-3), name
@@ -77,7 +77,7 @@ def test_long_segments_are_computed_alone_and_alike(model, monkeypatch):
     together, expected = gradients(model, batch)
     monkeypatch.setattr(packed_module, "BATCHED_KEYS", 1)
     calls = plan_calls(pack(batch))
-    assert len(calls) == sum(1 + len(group.suffixes) if len(group.prefix) else 1 for group in batch.groups)
+    assert len(calls) == len(batch.nodes)
     alone, found = gradients(model, batch)
     assert torch.allclose(together, alone, atol=1e-4)
     for name, gradient in expected.items():
@@ -90,11 +90,7 @@ def test_calls_cover_every_token_once_with_little_padding():
     written = torch.cat([call.written for call in calls])
     assert torch.equal(written.sort().values, torch.arange(len(packed.ids_T)))
     scores = sum(call.queries.numel() * call.keys.shape[1] for call in calls)
-    needed = sum(
-        len(segment.queries) * (len(family.prefix) + len(segment.own))
-        for family in packed.every_token
-        for segment in family.segments
-    )
+    needed = sum(len(segment.queries) * segment.n_keys for segment in packed.every_token)
     assert len(calls) < 10
     assert scores < 1.34 * needed
 
