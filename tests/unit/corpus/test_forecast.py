@@ -118,7 +118,7 @@ def test_a_model_without_its_weights_will_do(corpus, tmp_path):
 
 def test_operations_are_counted_from_the_shape():
     """By hand, of one sequence of 3 tokens and of two that share 2 of them."""
-    hidden, inner, layers, kv = SHAPE.hidden_size, SHAPE.intermediate_size, SHAPE.num_hidden_layers, 4 * 32
+    hidden, inner, layers, kv = SHAPE.hidden_size, SHAPE.intermediate_size, SHAPE.num_hidden_layers, 10 * 32
     per_token = 2 * (2 * hidden * kv + 2 * hidden * hidden + 3 * hidden * inner)
     assert flops(SHAPE, 3, causal_pairs(3)) == layers * (3 * per_token + 4 * 6 * hidden)
     ids = np.arange(3, dtype=np.int32)

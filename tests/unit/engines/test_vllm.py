@@ -158,8 +158,8 @@ def test_settings_become_arguments():
 
 
 def test_the_cache_of_a_cpu_holds_two_calls_and_the_longest_sequence():
-    """4 layers of 4 heads of 32 numbers, keys and values, in float32."""
-    token = 2 * 4 * 4 * 32 * 4
+    """4 layers of 10 heads of 32 numbers, keys and values, in float32."""
+    token = 2 * 4 * 10 * 32 * 4
     assert arguments_of(settings(token_budget=5000))["kv_cache_memory_bytes"] == token * (10_000 + 32)
     assert arguments_of(settings(token_budget=500))["kv_cache_memory_bytes"] == token * (2048 + 32)
     assert arguments_of(settings(token_budget=500, tensor_parallel_size=2))["kv_cache_memory_bytes"] == token * 1040
