@@ -1,7 +1,6 @@
 """Fixtures that more than one folder of tests uses."""
 
 import os
-from pathlib import Path
 
 import pytest
 
@@ -9,23 +8,28 @@ from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.model.locate import EMBEDDED_FOLDER
 from tests.support.tokenizers import make_polar_tokenizer_folder
 
-UNIT_TESTS = Path(__file__).parent / "unit"
-
 pytest.register_assert_rewrite("tests.support.engine_contract")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config, items):
-    """Tests marked as slow run when they are asked for; what starts clusters and servers, one after the other."""
+def pytest_collection_modifyitems(items):
+    """Tests marked as slow run when they are asked for."""
+    if "POLAR_RAY_SLOW_TESTS" in os.environ:
+        return
     for item in items:
-        if item.get_closest_marker("slow") and "POLAR_RAY_SLOW_TESTS" not in os.environ:
+        if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="runs with POLAR_RAY_SLOW_TESTS=1"))
-        if config.pluginmanager.hasplugin("xdist") and not _can_run_beside_others(item):
-            item.add_marker(pytest.mark.xdist_group("systems"))
 
 
-def _can_run_beside_others(item):
-    return item.path.is_relative_to(UNIT_TESTS) and not item.get_closest_marker("ray")
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Unit tests go to whoever is free; what starts clusters and servers runs one after the other, in one process."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class SystemsInTurn(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return nodeid if nodeid.startswith("tests/unit/") else "systems"
+
+    return SystemsInTurn(config, log)
 
 
 @pytest.fixture(scope="session")
