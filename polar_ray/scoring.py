@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -26,14 +27,21 @@ from polar_ray.errors import (
 )
 from polar_ray.model.cost import flops_of_batches, peak_flops_of
 from polar_ray.model.locate import locate_model
-from polar_ray.planning import Batch, plan
-from polar_ray.triples import STATUS_OK, Row, Scored, Triple
+from polar_ray.planning import Batch, Plan, plan
+from polar_ray.triples import STATUS_OK, Rendered, Row, Scored, Triple
 
 if TYPE_CHECKING:
     from polar_ray.model.architecture import CheckpointConfig
 
 CANARY = Triple("1 + 1 = ?", "2", "2")
 """Scored to tell a broken engine from bad rows, and to warm one up."""
+
+FIRST_PART_ROWS, PART_ROWS = 128, 1024
+"""Of a long list of triples. The engine waits for the first part alone; each next one, twice as large up to the second
+number, is encoded while it computes. A part has more where rows of one prompt and reference would be torn apart."""
+
+ROWS_AT_ONCE = 32
+"""That are encoded in one call: meanwhile the tokenizer lets no other thread run, the engine's among them."""
 
 
 @dataclass(slots=True)
@@ -133,16 +141,22 @@ class Scorer:
         """One `Scored` per triple, in order. A row that fails says so on itself and leaves the others alone.
 
         An error in place of a triple, left by whoever could not parse it, becomes that row's status. Identical
-        triples are computed once. `on_batch` is called after every engine call, when `usage` has moved.
+        triples are computed once. Many triples are encoded and planned part by part, in a thread ahead of the engine.
+        `on_batch` is called after every engine call, when `usage` has moved.
         """
-        encoded = self.encode(triples)
-        places = [place for place, row in enumerate(encoded) if isinstance(row, EncodedTriple)]
-        outcomes = self.compute([row for row in encoded if isinstance(row, EncodedTriple)], on_batch)
-        by_place = dict(zip(places, outcomes, strict=True))
-        return [
-            scored_row(row, by_place.get(place), triple.id if isinstance(triple, Triple) else None)
-            for place, (triple, row) in enumerate(zip(triples, encoded, strict=True))
-        ]
+        parts = list(parts_of(triples))
+        scored: dict[int, Scored] = {}
+        ahead = ThreadPoolExecutor(1, "encode")
+        try:
+            for part, encoded, planned in ahead.map(lambda part: (part, *self._prepare(triples, part)), parts):
+                ready = [row for row in encoded if isinstance(row, EncodedTriple)]
+                outcomes = iter(self._carry_out(planned, ready, on_batch))
+                for place, row in zip(part, encoded, strict=True):
+                    triple, outcome = triples[place], next(outcomes) if isinstance(row, EncodedTriple) else None
+                    scored[place] = scored_row(row, outcome, triple.id if isinstance(triple, Triple) else None)
+        finally:
+            ahead.shutdown(cancel_futures=True)
+        return [scored[place] for place in range(len(triples))]
 
     def encode(self, rows: Sequence[Row]) -> list[EncodedTriple | TripleError]:
         """The first half of `score`: ids, or the error that stands in their place, in order. Safe in any thread."""
@@ -150,12 +164,26 @@ class Scorer:
 
     def compute(self, encoded: Sequence[EncodedTriple], on_batch: Callable[[], None] | None = None) -> list[Outcome]:
         """The second half of `score`: an outcome for each encoded triple, in order. One thread at a time."""
-        planned = plan(
+        return self._carry_out(self.plan(encoded), encoded, on_batch)
+
+    def _prepare(self, rows: Sequence[Row], part: Sequence[int]) -> tuple[list[EncodedTriple | TripleError], Plan]:
+        encoded: list[EncodedTriple | TripleError] = []
+        for start in range(0, len(part), ROWS_AT_ONCE):
+            encoded += self.encode([rows[place] for place in part[start : start + ROWS_AT_ONCE]])
+        return encoded, self.plan([row for row in encoded if isinstance(row, EncodedTriple)])
+
+    def plan(self, encoded: Sequence[EncodedTriple]) -> Plan:
+        """The batches in which `compute` has them computed. Safe in any thread."""
+        return plan(
             [row.ids for row in encoded],
             token_budget=self._engine.token_budget,
             share_prefixes=self._share_prefixes,
             max_shared_length=self._engine.max_shared_length,
         )
+
+    def _carry_out(
+        self, planned: Plan, encoded: Sequence[EncodedTriple], on_batch: Callable[[], None] | None
+    ) -> list[Outcome]:
         copies = np.bincount(planned.first_of, minlength=len(encoded))
         rewards: dict[int, float | EngineError] = {}
         for batch in planned.batches:
@@ -202,7 +230,12 @@ class Scorer:
         self.close()
 
     def _run(self, batch: Batch) -> Iterator[tuple[int, float | EngineError]]:
-        """(row, outcome) of a batch; a failing batch is halved until the sequence at fault stands alone."""
+        """(row, outcome) of a batch; a failing batch is halved until the sequence at fault stands alone, and one that
+        was planned for a larger budget than there is now until it fits."""
+        if len(batch) > 1 and batch.computed_tokens > self._engine.token_budget:
+            for half in batch.halves():
+                yield from self._run(half)
+            return
         try:
             rewards = self._call(batch)
         except (EngineUnavailable, ProcessCrashed):
@@ -239,6 +272,29 @@ class Scorer:
         if rewards.shape != (len(batch),):
             raise EngineProtocolError(f"expected {len(batch)} rewards, one per sequence, found shape {rewards.shape}")
         return rewards
+
+
+def parts_of(rows: Sequence[Row]) -> Iterator[list[int]]:
+    """Places of rows, part by part as `Scorer.score` takes them; those of one prompt and reference are in one.
+
+    What rows of two parts have in common is computed in both.
+    """
+    keys = [_begins_with(row) for row in rows]
+    part: list[int] = []
+    room = FIRST_PART_ROWS
+    for place in sorted(range(len(rows)), key=keys.__getitem__):
+        if len(part) >= room and keys[place] != keys[part[-1]]:
+            yield part
+            part, room = [], min(2 * room, PART_ROWS)
+        part.append(place)
+    if part:
+        yield part
+
+
+def _begins_with(row: Row) -> tuple[str, str]:
+    if isinstance(row, Triple):
+        return str(row.prompt), str(row.reference)
+    return (row.text, "") if isinstance(row, Rendered) else ("", "")
 
 
 def has_gpu() -> bool:

@@ -28,6 +28,8 @@ from polar_ray.model.cost import PEAK_FLOPS, flops_of_batches
 from polar_ray.model.locate import locate_model
 from polar_ray.model.rope import Rope
 from polar_ray.planning import plan
+from polar_ray.scoring import parts_of
+from polar_ray.triples import Triple
 
 DEFAULT_MFU = 0.4
 """Share of the peak that arithmetic reaches in prefill: SGLang's published figures come to 0.42. Measure your own."""
@@ -138,7 +140,7 @@ def forecast(
     for unit in (every[index] for index in drawn):
         where = f"{files[unit.file].url} rows {unit.start}-{unit.stop - 1}"
         _, fields = read_unchanged(described[unit.file], unit.slice, config.columns, where=where, reader="forecast")
-        sampled.append(_sample(unit.rows, encoder.encode_rows(parse_rows(fields, message_json)), config, shape))
+        sampled.append(_sample(parse_rows(fields, message_json), encoder, config, shape))
         on_unit()
     cpu_s = time.process_time() - began
     rows, sampled_rows = sum(unit.rows for unit in every), sum(found.rows for found in sampled)
@@ -167,21 +169,24 @@ def forecast(
 
 
 def _sample(
-    rows: int, encoded: Sequence[EncodedTriple | TripleError], config: ScoreConfig, shape: CheckpointConfig
+    rows: Sequence[Triple | TripleError], encoder: Encoder, config: ScoreConfig, shape: CheckpointConfig
 ) -> _Sampled:
+    encoded = encoder.encode_rows(rows)
     good = [row for row in encoded if isinstance(row, EncodedTriple)]
-    unit = _Sampled(rows, lengths=[len(row.ids) for row in good])
+    unit = _Sampled(len(rows), lengths=[len(row.ids) for row in good])
     unit.statuses.update(row.code for row in encoded if isinstance(row, TripleError))
     unit.tokens = sum(unit.lengths)
     unit.cut_rows = sum(row.cut_tokens > 0 for row in good)
-    planned = plan(
-        [row.ids for row in good],
-        token_budget=config.engine.token_budget or DEFAULT_TOKEN_BUDGET["cuda"],
-        share_prefixes=config.engine.share_prefixes,
-        max_shared_length=Rope.of(shape, config.engine.rope_base).longest_with_one_base,
-    )
-    unit.duplicates, unit.computed_tokens = planned.duplicates, planned.computed_tokens
-    unit.flops = flops_of_batches(shape, planned.batches)
+    for part in parts_of(rows):
+        planned = plan(
+            [row.ids for row in map(encoded.__getitem__, part) if isinstance(row, EncodedTriple)],
+            token_budget=config.engine.token_budget or DEFAULT_TOKEN_BUDGET["cuda"],
+            share_prefixes=config.engine.share_prefixes,
+            max_shared_length=Rope.of(shape, config.engine.rope_base).longest_with_one_base,
+        )
+        unit.duplicates += planned.duplicates
+        unit.computed_tokens += planned.computed_tokens
+        unit.flops += flops_of_batches(shape, planned.batches)
     return unit
 
 

@@ -26,7 +26,7 @@ class Engine(Protocol):
 
     @property
     def token_budget(self) -> int:
-        """Computed tokens that one batch should hold on this hardware."""
+        """Computed tokens that one batch should hold on this hardware. It may become less when memory runs out."""
         ...
 
     @property

@@ -7,14 +7,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from polar_ray.config import EngineConfig, LimitsConfig
-from polar_ray.encoding.encode import Encoder
+from polar_ray.encoding.encode import EncodedTriple, Encoder
 from polar_ray.engines.fake import FakeEngine
 from polar_ray.errors import TripleError
 from polar_ray.model.checkpoint import read_config
 from polar_ray.model.cost import flops_of_batches
 from polar_ray.model.locate import EMBEDDED_FOLDER
 from polar_ray.planning import plan
-from polar_ray.scoring import Arithmetic, Scorer
+from polar_ray.scoring import Arithmetic, Scorer, parts_of
 from polar_ray.triples import Scored, Triple
 from tests.support.engines import FaultyEngine, contains
 
@@ -110,6 +110,43 @@ def test_on_batch_is_called_as_work_is_done(small_tokenizer):
     assert seen == sorted(seen)
     assert seen[-1] == 4
     assert len(seen) > 1
+
+
+def test_a_long_list_is_encoded_while_the_engine_computes_and_comes_back_in_order(small_tokenizer):
+    """Shuffled, with rows that cannot be encoded among them: groups are computed together all the same."""
+    rows = [Triple(f"question {n % 300}", f"answer {n % 300}", f"{n}", id=f"{n}") for n in range(1500)]
+    rows[7], rows[900] = Triple("", "", "", id="7"), TripleError("unreadable")
+    np.random.default_rng(0).shuffle(rows)
+    encoded_at_call, encoded = [], [0]
+
+    class Watching(FakeEngine):
+        def score(self, batch):
+            encoded_at_call.append(encoded[0])
+            return super().score(batch)
+
+    encoder = Encoder(small_tokenizer, LimitsConfig())
+    scorer = Scorer(encoder, Watching(token_budget=100_000, seconds_per_token=1e-5))
+    encode = scorer.encode
+
+    def counted(part):
+        encoded[0] += len(part)
+        return encode(part)
+
+    scorer.encode = counted
+    scored = scorer.score(rows)
+    expected = scorer.compute([row for row in encode(rows) if isinstance(row, EncodedTriple)])
+    assert [row.reward for row in scored if row.is_ok] == [outcome.reward for outcome in expected]
+    assert [row.id for row in scored] == [getattr(row, "id", None) for row in rows]
+    assert [row.status for row in scored].count("ok") == 1498
+    assert encoded_at_call[0] < 1500
+    parts = list(parts_of(rows))
+    assert sorted(place for part in parts for place in part) == list(range(1500))
+    assert [len(part) for part in parts[:3]] == pytest.approx([128, 256, 512], abs=5)
+    groups = [
+        {(rows[place].prompt, rows[place].reference) for place in part if isinstance(rows[place], Triple)}
+        for part in parts
+    ]
+    assert sum(map(len, groups)) == len(set.union(*groups))
 
 
 def test_operations_are_counted_where_the_peak_is_known(small_tokenizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
@@ -22,11 +23,16 @@ from polar_ray.errors import EngineError, EngineStartError
 from polar_ray.model.checkpoint import Checkpoint
 from polar_ray.planning import Batch, Rewards
 
+logger = logging.getLogger(__name__)
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class TorchEngine:
-    """Keeps the promises of `Engine`. Not thread-safe."""
+    """Keeps the promises of `Engine`. Not thread-safe.
+
+    A batch that does not fit into memory halves `token_budget`, for good, besides failing.
+    """
 
     def __init__(
         self,
@@ -113,6 +119,8 @@ class TorchEngine:
             self._check_ids(packed.ids_T.numpy())
             rewards: Rewards = self._decoder.rewards(packed.to(self._device))[: len(batch)].cpu().numpy()
         except (MemoryError, RuntimeError) as error:
+            if len(batch) > 1 and _is_out_of_memory(error):
+                self._take_less_than(batch.computed_tokens)
             raise EngineError(
                 f"a batch of {len(batch)} sequences, {batch.computed_tokens} tokens, failed: {_first_line(error)}. "
                 "If memory is what lacks, lower engine.token_budget",
@@ -125,6 +133,19 @@ class TorchEngine:
         self._decoder = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _take_less_than(self, tokens: int) -> None:
+        """Half as many from now on, if that is less than before."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        if tokens // 2 < self._token_budget:
+            self._token_budget = max(1, tokens // 2)
+            logger.warning(
+                "A batch of %d tokens did not fit into memory: batches have %d at most from now on. Set "
+                "engine.token_budget to that, and it need not be found out again.",
+                tokens,
+                self._token_budget,
+            )
 
     def _check_ids(self, ids: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> None:
         outside = ids[(ids < 0) | (ids >= self._vocab_size)]
@@ -168,6 +189,12 @@ def _device(name: str) -> torch.device:
             "or install a CUDA build of torch and check nvidia-smi"
         )
     return device
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """torch has a type of its own for this on GPUs only."""
+    words = ("can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(said in str(error) for said in words)
 
 
 def _first_line(error: BaseException) -> str:

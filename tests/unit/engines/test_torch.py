@@ -7,13 +7,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from polar_ray.bench.workload import Workload, random_groups
+from polar_ray.config import LimitsConfig
+from polar_ray.encoding.encode import EncodedTriple, Encoder
+from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.engines.torch import attention, linear
+from polar_ray.engines.torch import engine as torch_engine
 from polar_ray.engines.torch.attention import BlockAttention, SdpaAttention
 from polar_ray.engines.torch.engine import TorchEngine
 from polar_ray.engines.torch.layout import Segment, Span
 from polar_ray.errors import EngineError, EngineStartError
 from polar_ray.model.checkpoint import Checkpoint
+from polar_ray.model.locate import EMBEDDED_FOLDER
 from polar_ray.planning import Batch, plan
+from polar_ray.scoring import Scorer
 from tests.support.checkpoints import write_checkpoint
 from tests.support.reference import Reference
 from tests.unit.model.test_polar import SHAPES, TOLERANCE
@@ -232,3 +238,26 @@ def test_onednn_that_computes_wrongly_is_left_alone(monkeypatch):
         assert linear.linear_kind(torch.float32, torch.device("cpu")) is linear.PlainLinear
     finally:
         linear.onednn_works.cache_clear()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
+def test_memory_that_runs_out_halves_the_budget_once_and_costs_no_row(engine, monkeypatch, error):
+    sequences = draw_groups([200] * 8)
+    expected = score(engine, sequences, share=True)
+    rewards, calls, said = engine._decoder.rewards, [], []
+
+    def with_little_memory(packed):
+        calls.append(len(packed.ids_T))
+        if calls[-1] > 900:
+            raise error
+        return rewards(packed)
+
+    monkeypatch.setattr(engine._decoder, "rewards", with_little_memory)
+    monkeypatch.setattr(engine, "_token_budget", 1500)
+    monkeypatch.setattr(torch_engine.logger, "warning", lambda *message: said.append(message))
+    scorer = Scorer(Encoder(PolarTokenizer(EMBEDDED_FOLDER), LimitsConfig()), engine)
+    outcomes = scorer.compute([EncodedTriple(ids, 0, 0) for ids in sequences])
+    assert np.abs([outcome.reward for outcome in outcomes] - expected).max() < TOLERANCE
+    assert engine.token_budget <= 750
+    assert sum(tokens > 900 for tokens in calls) == 1
+    assert len(said) == 1
