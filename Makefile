@@ -60,7 +60,7 @@ demo: setup ## score the demo's triples with the embedded checkpoint and rank th
 	@echo "rewards: build/demo    report: build/demo/_polar_ray/report.html"
 
 test: setup clients ## run every test, those of parts beside those of whole systems
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 --durations 20
 
 test-slow: setup clients ## run the tests that take minutes and are left out of the others
 	POLAR_RAY_SLOW_TESTS=1 $(BIN)/python -m pytest -m slow

@@ -101,7 +101,8 @@ def test_outputs_are_ranked_as_the_api_rewards_them(page, address):
 
 
 def test_bars_are_relative_to_the_group_whatever_the_signs(page):
-    page.press("买钢笔")
+    far_off = "Steam the dumplings for eight minutes and serve them with black vinegar."
+    page.fill_in("What is the capital of China?", "Beijing.", ["Beijing.", "Shanghai.", far_off])
     page.score()
     rewards = [reward for _, reward in page.shown_rewards()]
     widths = page.bar_widths()

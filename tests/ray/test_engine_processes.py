@@ -32,7 +32,10 @@ def server(tmp_path):
     return EngineConfig(kind="fake"), {"build_scorer": partial(open_scorer, python)}, servers_below
 
 
-@pytest.mark.parametrize(("engine", "n_processes"), [(ranks, 2), (server, 1)], ids=["rank", "server"])
+@pytest.mark.parametrize(
+    ("engine", "n_processes"),
+    [pytest.param(ranks, 2, id="rank"), pytest.param(server, 1, id="server", marks=pytest.mark.slow)],
+)
 def test_a_process_killed_in_a_batch_loses_no_row_and_leaves_none(cluster, tmp_path, engine, n_processes):
     import ray
 

@@ -237,6 +237,7 @@ def test_an_interrupted_run_is_alone_leaves_nothing_and_goes_on(trained, cluster
     assert_same_trajectory(steps_of(tmp_path / "out"), steps_of(trained[0]))
 
 
+@pytest.mark.slow
 def test_a_run_starts_over_when_asked_and_takes_only_what_was_its_own(
     trained, cluster, base, pairs, tmp_path, monkeypatch
 ):
@@ -295,6 +296,7 @@ def test_a_killed_worker_is_replaced_and_follows_the_same_trajectory(trained, ba
     assert_same_trajectory(steps_of(tmp_path / "out"), steps_of(trained[0]))
 
 
+@pytest.mark.slow
 def test_a_killed_driver_is_resumed_on_the_same_trajectory(trained, base, pairs, tmp_path):
     run = start(base, pairs, tmp_path / "out")
     wait_for_a_checkpoint(run, tmp_path / "out")

@@ -13,6 +13,7 @@ PROJECT = Path(__file__).parents[2]
 DEADLINE_S = 150
 
 
+@pytest.mark.slow
 def test_a_raylet_killed_under_load_costs_no_row(tmp_path):
     answer = tmp_path / "told.json"
     done = subprocess.run(

@@ -75,7 +75,8 @@ def deploy_server(deploy, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("deploy_engine", "n_processes"), [(deploy_ranks, 2), (deploy_server, 1)], ids=["rank", "server"]
+    ("deploy_engine", "n_processes"),
+    [pytest.param(deploy_ranks, 2, id="rank"), pytest.param(deploy_server, 1, id="server", marks=pytest.mark.slow)],
 )
 def test_a_replica_that_loses_a_process_of_its_engine_in_a_call_is_replaced(
     deploy, tmp_path, deploy_engine, n_processes
