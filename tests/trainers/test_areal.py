@@ -60,7 +60,7 @@ def test_the_ready_made_function_gives_up_before_areals_clock_does(wrapper_class
 
 
 def test_an_endpoint_that_is_gone_raises(wrapper_class):
-    reward = PolarReward(Endpoint("127.0.0.1:9", deadline_s=0.2))
+    reward = PolarReward(Endpoint("127.0.0.1:9", deadline_s=3.0))
     with pytest.raises(Unavailable, match="nobody answers"):
         call(wrapper_class(reward, max_workers=1, max_retries=1), reference=REFERENCE)
 

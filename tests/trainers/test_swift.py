@@ -82,6 +82,6 @@ def test_its_trainer_gets_the_scorers_rewards_by_the_name_we_register(compute, o
 
 def test_failures_are_raised_through_its_trainer(compute):
     with pytest.raises(Unavailable):
-        run(compute, adapter.PolarReward(address="127.0.0.1:9", deadline_s=0.2))
+        run(compute, adapter.PolarReward(address="127.0.0.1:9", deadline_s=3.0))
     with pytest.raises(SchemaError, match="'reference'"):
         run(compute, adapter.PolarReward(address="127.0.0.1:9"), column="solution")

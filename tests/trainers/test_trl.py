@@ -103,7 +103,7 @@ def test_trl_trains_on_conversations(address, scorer, tmp_path):
 
 def test_an_endpoint_that_is_gone_stops_the_run(tmp_path):
     with pytest.raises(Unavailable, match="nobody answers"):
-        train(tmp_path, polar_reward("127.0.0.1:9", deadline_s=0.5))
+        train(tmp_path, polar_reward("127.0.0.1:9", deadline_s=3.0))
 
 
 def test_a_missing_column_is_named(address):

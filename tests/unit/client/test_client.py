@@ -194,7 +194,7 @@ def test_a_token_in_the_address_is_shown_as_a_password_and_kept_out_of_every_url
 
 
 def test_nobody_there_is_unavailable_and_names_the_address():
-    with RewardClient("127.0.0.1:9", deadline_s=0.3) as client, pytest.raises(Unavailable, match=r"127\.0\.0\.1:9"):
+    with RewardClient("127.0.0.1:9", deadline_s=3.0) as client, pytest.raises(Unavailable, match=r"127\.0\.0\.1:9"):
         client.rewards(outputs(1))
 
 
