@@ -148,8 +148,8 @@ class Scorer:
         scored: dict[int, Scored] = {}
         ahead = ThreadPoolExecutor(1, "encode")
         try:
-            for part, encoded, planned in ahead.map(lambda part: (part, *self._prepare(triples, part)), parts):
-                ready = [row for row in encoded if isinstance(row, EncodedTriple)]
+            prepared = ahead.map(lambda part: self._prepare(triples, part), parts)
+            for part, (encoded, ready, planned) in zip(parts, prepared, strict=True):
                 outcomes = iter(self._carry_out(planned, ready, on_batch))
                 for place, row in zip(part, encoded, strict=True):
                     triple, outcome = triples[place], next(outcomes) if isinstance(row, EncodedTriple) else None
@@ -166,11 +166,15 @@ class Scorer:
         """The second half of `score`: an outcome for each encoded triple, in order. One thread at a time."""
         return self._carry_out(self.plan(encoded), encoded, on_batch)
 
-    def _prepare(self, rows: Sequence[Row], part: Sequence[int]) -> tuple[list[EncodedTriple | TripleError], Plan]:
+    def _prepare(
+        self, rows: Sequence[Row], part: Sequence[int]
+    ) -> tuple[list[EncodedTriple | TripleError], list[EncodedTriple], Plan]:
+        """What became of a part's rows, those of them that can be computed, and the plan for these."""
         encoded: list[EncodedTriple | TripleError] = []
         for start in range(0, len(part), ROWS_AT_ONCE):
             encoded += self.encode([rows[place] for place in part[start : start + ROWS_AT_ONCE]])
-        return encoded, self.plan([row for row in encoded if isinstance(row, EncodedTriple)])
+        ready = [row for row in encoded if isinstance(row, EncodedTriple)]
+        return encoded, ready, self.plan(ready)
 
     def plan(self, encoded: Sequence[EncodedTriple]) -> Plan:
         """The batches in which `compute` has them computed. Safe in any thread."""

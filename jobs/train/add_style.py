@@ -26,7 +26,8 @@ import torch
 import typer
 from prune import observe, prune
 from safetensors.torch import save
-from style import KIND_COUNT, Counter, Style, fit, same_policy_pairs
+from sources import Sources
+from style import KIND_COUNT, Counter, Style, fit, training_pairs
 from torch import Tensor
 
 from polar_ray.config import LimitsConfig
@@ -331,7 +332,7 @@ def main(
     """Write the widened checkpoint, in bfloat16."""
     checkpoint, tokenizer = Checkpoint.open(trained), PolarTokenizer(trained)
     encoder, counter = Encoder(tokenizer, LimitsConfig()), Counter(tokenizer)
-    of_policies = encode(same_policy_pairs(data), encoder)
+    of_policies = encode(training_pairs(Sources(data)), encoder)
     style = fit(of_policies, counter)
     factor = choose_factor(trained, style, counter, draw(of_policies, PAIRS_TO_WEIGH_BY))
     to_prune_by = draw(encode(read_pairs(pairs), encoder), PAIRS_TO_PRUNE_BY)

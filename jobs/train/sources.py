@@ -42,8 +42,8 @@ _SENTENCE = re.compile(r"[^.!?\n]+[.!?\n]*\s*")
 
 
 @dataclass(frozen=True, slots=True)
-class HeldOutPair:
-    """A pair that no stage trains on."""
+class FilePair:
+    """A pair as one of the files has it; held out if its question is."""
 
     source: str
     question: str
@@ -92,21 +92,22 @@ class Sources:
         rows = self._training_rows("gsm8k_qa.parquet", ["group_id", "prompt", "reference"])
         return [(row["prompt"], row["reference"]) for row in rows]
 
-    def held_out_pairs(self) -> Iterator[HeldOutPair]:
+    def held_out_pairs(self) -> Iterator[FilePair]:
         """Pairs to evaluate on: right and wrong solutions, Chinese answers, and same or another policy."""
         columns = ["group_id", "prompt", "reference", "chosen", "rejected"]
         for source, file in (("gsm8k", "gsm8k_pref.parquet"), ("chinese", "zh_pref.parquet")):
             for row in self._read(file, columns):
                 if held_out(row["group_id"]) and row["reference"] is not None:
-                    yield HeldOutPair(source, *(row[column] for column in columns))
-        outputs = {row["row"]: row for row in self._policy_rows}
+                    yield FilePair(source, *(row[column] for column in columns))
+        yield from (pair for pair in self.same_policy_pairs() if held_out(pair.question))
+
+    def same_policy_pairs(self) -> Iterator[FilePair]:
+        """Pairs of an output by the reference's policy and one by another, held out or not."""
+        rows = {row["row"]: row for row in self._policy_rows}
         for row in self._read("polar_pairs.parquet", ["prompt_id", "reference_row", "chosen_row", "rejected_row"]):
-            if held_out(row["prompt_id"]):
-                reference, chosen, rejected = (
-                    outputs[row[f"{part}_row"]]["output"] for part in ("reference", "chosen", "rejected")
-                )
-                prompt = outputs[row["reference_row"]]["prompt"]
-                yield HeldOutPair("same-policy", row["prompt_id"], prompt, reference, chosen, rejected, "pretrain")
+            reference, chosen, rejected = (rows[row[f"{part}_row"]] for part in ("reference", "chosen", "rejected"))
+            outputs = reference["output"], chosen["output"], rejected["output"]
+            yield FilePair("same-policy", row["prompt_id"], reference["prompt"], *outputs, wrapper="pretrain")
 
     @cached_property
     def _gsm8k(self) -> list[Drawn]:

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
-from sources import held_out
+from sources import Sources, held_out
 
 from polar_ray.encoding.encode import EncodedTriple
 from polar_ray.encoding.tokenizer import PolarTokenizer
@@ -141,11 +139,9 @@ def _features(measured: NDArray[np.float64], spread: NDArray[np.float64]) -> NDA
     return np.column_stack([-kinds * np.tanh(2 * kinds), *columns])
 
 
-def same_policy_pairs(data: Path) -> Iterator[PreferencePair]:
-    """The pairs of polar_pairs.parquet that are not held out."""
-    texts = pq.read_table(data / "multi_policy.parquet", columns=["prompt", "output"]).to_pylist()
-    for row in pq.read_table(data / "polar_pairs.parquet").to_pylist():
-        reference, chosen, rejected = (texts[row[f"{part}_row"]] for part in ("reference", "chosen", "rejected"))
-        outputs = [reference["output"], chosen["output"], rejected["output"]]
-        if not held_out(row["prompt_id"]) and all(map(str.strip, outputs)) and outputs[1] != outputs[2]:
-            yield PreferencePair(reference["prompt"], outputs[0], outputs[1], outputs[2], wrapper="pretrain")
+def training_pairs(sources: Sources) -> Iterator[PreferencePair]:
+    """The same-policy pairs that are not held out, but those that cannot be scored or told apart."""
+    for pair in sources.same_policy_pairs():
+        outputs = pair.reference, pair.chosen, pair.rejected
+        if not held_out(pair.question) and all(map(str.strip, outputs)) and pair.chosen != pair.rejected:
+            yield PreferencePair(pair.prompt, *outputs, wrapper=pair.wrapper)
