@@ -153,7 +153,7 @@ def _name(engine: EngineConfig) -> str:
 
 def _how(check: EngineCheck) -> str:
     rope = "" if check.engine.rope_base == "hf" else f", rope base {check.engine.rope_base}"
-    return f"{check.version}, {check.engine.dtype} on {check.engine.device}{rope}"
+    return f"{check.version}, {check.engine.quantization or check.engine.dtype} on {check.engine.device}{rope}"
 
 
 def _as_dict(found: Verification) -> dict[str, Any]:
@@ -168,6 +168,7 @@ def _as_dict(found: Verification) -> dict[str, Any]:
                 "engine": check.engine.kind,
                 "version": check.version,
                 "dtype": check.engine.dtype,
+                "quantization": check.engine.quantization,
                 "device": check.engine.device,
                 "rope_base": check.engine.rope_base,
                 "is_right": check.verdict is None or check.verdict.is_right,

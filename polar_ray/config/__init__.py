@@ -4,7 +4,7 @@ Values come from, later wins: defaults, a TOML file, `--set section.key=value` (
 else; the environment is read for addresses and secrets only. The docstring under a field is its help text everywhere.
 """
 
-from polar_ray.config.base import EMBEDDED_MODEL, CutSide, Device, Dtype, RopeBase, Settings
+from polar_ray.config.base import EMBEDDED_MODEL, CutSide, Device, Dtype, Quantization, RopeBase, Settings
 from polar_ray.config.environment import (
     endpoint_address,
     endpoint_token,
@@ -45,6 +45,7 @@ __all__ = [
     "LossConfig",
     "OptimizerConfig",
     "PairColumnsConfig",
+    "Quantization",
     "QueueConfig",
     "RequestConfig",
     "RopeBase",

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 RopeBase = Literal["hf", "sglang-static"]
+Quantization = Literal["int8", "fp8"]
 CutSide = Literal["right", "left"]
 
 EMBEDDED_MODEL = "embedded"

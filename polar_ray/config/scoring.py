@@ -6,7 +6,17 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from polar_ray.config.base import EMBEDDED_MODEL, CutSide, Device, Dtype, RopeBase, Settings, check_range, parse_range
+from polar_ray.config.base import (
+    EMBEDDED_MODEL,
+    CutSide,
+    Device,
+    Dtype,
+    Quantization,
+    RopeBase,
+    Settings,
+    check_range,
+    parse_range,
+)
 from polar_ray.config.columns import RowColumnsConfig
 
 EngineKind = Literal["torch", "vllm", "sglang", "lmdeploy", "serve", "fake"]
@@ -62,6 +72,11 @@ class EngineConfig(Settings):
     """Give a triple the same bits alone, in any batch, in any order, shared or not, in a job and from an endpoint: on
     the same kind of device, with the same versions. Of `torch` without tensor parallelism, on CPUs and GPUs; of `vllm`
     and `sglang` their own modes, on GPUs only, which promise what they promise."""
+
+    quantization: Quantization | None = None
+    """Of `torch`: weights and activations of the linear layers rounded to 8 bits, each row by its own scale, as it
+    comes. `int8` on CPUs, `fp8` (e4m3) on GPUs of compute capability 8.9 or more. Faster, and less exact: what it costs
+    is measured at the start, and by polar-ray verify. Other engines have theirs in `arguments`."""
 
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs of one engine, each with a part of every layer: for models that one GPU does not hold, or not fast enough.

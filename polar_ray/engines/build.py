@@ -68,6 +68,8 @@ def resolve_engine(engine: EngineConfig, folder: Path, *, has_gpu: bool, max_tok
     dtype = engine.dtype if engine.dtype != "auto" else (_checkpoint_dtype(folder) if device == "cuda" else "float32")
     if device == "cpu" and dtype == "float16":
         raise ConfigError("engine.dtype = 'float16': CPUs have no float16 matrix units; use bfloat16 or float32")
+    if engine.quantization is not None:
+        _refuse_quantization(engine, device)
     if engine.kind == "torch" and engine.tensor_parallel_size > 1:
         _refuse_uneven(engine, folder)
     others = engine.kind in OTHER_ENGINES
@@ -85,6 +87,8 @@ def refuse_unsupported(engine: EngineConfig) -> None:
         )
     if engine.deterministic:
         _refuse_nondeterministic(engine)
+    if engine.quantization is not None:
+        _refuse_quantized(engine)
     if engine.kind == "lmdeploy" and not (engine.address or engine.python):
         raise ConfigError(
             "engine.kind = 'lmdeploy': runs as a server only; set engine.python to the interpreter that has lmdeploy, "
@@ -128,6 +132,7 @@ def describe_engine(engine: EngineConfig, folder: Path) -> dict[str, str]:
         return describe_endpoint(engine.address)
     arguments = [f"{name}={value}" for name, value in sorted(engine.arguments.items())]
     mode = ["deterministic"] if engine.deterministic else []
+    mode += [engine.quantization] if engine.quantization is not None else []
     return {
         "weights_digest": _weights_digest(engine, folder),
         "engine": engine.kind,
@@ -142,6 +147,32 @@ def _how(engine: EngineConfig) -> str:
     if engine.is_elsewhere:
         return "connecting to"
     return "starting a server of" if engine.python is not None else "loading"
+
+
+def _refuse_quantized(engine: EngineConfig) -> None:
+    name = f"engine.quantization = {engine.quantization!r}"
+    if engine.kind in OTHER_ENGINES:
+        raise ConfigError(f"{name}: is for engine.kind = 'torch'; give {engine.kind} its own by engine.arguments")
+    if engine.kind != "torch":
+        raise ConfigError(f"{name}: engine {engine.kind!r} computes nothing here; leave it out")
+    if engine.deterministic:
+        raise ConfigError(
+            f"{name}: not with engine.deterministic, which is tried for float32 and bfloat16 products only"
+        )
+    if engine.tensor_parallel_size > 1:
+        raise ConfigError(
+            f"{name}: not with engine.tensor_parallel_size = {engine.tensor_parallel_size}; leave one out"
+        )
+
+
+def _refuse_quantization(engine: EngineConfig, device: str) -> None:
+    device_of = {"int8": "cpu", "fp8": "cuda"}
+    if engine.quantization is not None and device_of[engine.quantization] != device:
+        other = next(name for name, its in device_of.items() if its == device)
+        raise ConfigError(
+            f"engine.quantization = {engine.quantization!r}: is for engine.device = "
+            f"{device_of[engine.quantization]!r}; on {device!r} it is {other!r}"
+        )
 
 
 def _refuse_nondeterministic(engine: EngineConfig) -> None:

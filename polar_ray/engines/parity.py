@@ -27,11 +27,12 @@ from polar_ray.triples import Triple
 PANEL_VERSION = 1
 """Of the triples below; another number computes their rewards anew."""
 
-TOLERANCE = {"float32": 0.005, "bfloat16": 0.15, "float16": 0.05}
+TOLERANCE = {"float32": 0.005, "bfloat16": 0.15, "float16": 0.05, "int8": 0.25, "fp8": 0.25}
 """Root mean square of an engine's deviations on the panel, over the standard deviation of the panel's rewards: above
-this it is not rounding. bfloat16 has 0.006 to 0.045 on various shapes and engines."""
+this it is not rounding. By `engine.quantization`, else by dtype. bfloat16 has 0.006 to 0.045 on various shapes and
+engines, int8 0.08 to 0.10 and fp8 0.12 to 0.14 on random weights of 2 to 292 million parameters."""
 
-ROUNDING = {"float32": 0.0005, "bfloat16": 0.015, "float16": 0.003}
+ROUNDING = {"float32": 0.0005, "bfloat16": 0.015, "float16": 0.003, "int8": 0.05, "fp8": 0.05}
 """Below this no question is asked; between the two, rewards that a known way of going wrong explains are refused.
 Another rotary base moves the embedded checkpoint's rewards by 0.04 of their spread: no more than rounding."""
 
@@ -109,7 +110,7 @@ def check_parity(engine: Engine, config: EngineConfig, folder: Path) -> Deviatio
     """How far `engine` is from float32 on the panel.
 
     Raises `EngineStartError`, with the way of going wrong that explains it, if that is more than the rounding of
-    `config.dtype`, or than `config.parity_tolerance`.
+    `config.quantization` or `config.dtype`, or than `config.parity_tolerance`.
     """
     verdict = judge(engine, config, folder)
     if verdict.is_right:
@@ -135,9 +136,10 @@ def judge(engine: Engine, config: EngineConfig, folder: Path) -> Verdict:
         )
     sequences, expected = [whole[row] for row in fitting], _expected(folder, config, whole)[fitting]
     found = score_all(engine, sequences, share_prefixes=config.share_prefixes)
-    tolerance = config.parity_tolerance if config.parity_tolerance is not None else TOLERANCE[config.dtype]
+    arithmetic = config.quantization or config.dtype
+    tolerance = config.parity_tolerance if config.parity_tolerance is not None else TOLERANCE[arithmetic]
     deviation = measure(found, expected)
-    if deviation.rms <= min(ROUNDING[config.dtype], tolerance):
+    if deviation.rms <= min(ROUNDING[arithmetic], tolerance):
         return Verdict(expected, found, deviation, tolerance, None, is_right=True)
     trap = find_trap(found, expected, sequences, folder, config)
     is_right = deviation.rms <= tolerance and (trap is None or config.parity_tolerance is not None)

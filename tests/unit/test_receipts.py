@@ -30,6 +30,7 @@ def receipt(folder=EMBEDDED_FOLDER, engine=CPU, limits=None):
         ("cut_side", {"limits": LimitsConfig(cut_side="left")}),
         ("max_tokens", {"limits": LimitsConfig(max_tokens=100)}),
         ("engine_version", {"engine": CPU.model_copy(update={"deterministic": True})}),
+        ("engine_version", {"engine": CPU.model_copy(update={"quantization": "int8"})}),
         ("on_empty", {"limits": LimitsConfig(on_empty="score")}),
     ],
 )

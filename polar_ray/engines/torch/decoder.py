@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polar_ray.config import RopeBase
+from polar_ray.config import Quantization, RopeBase
 from polar_ray.engines.torch.attention import PLACED_BLOCK_TOKENS, attention_for
 from polar_ray.engines.torch.layout import Packed, Segment
 from polar_ray.engines.torch.linear import Linear, linear_kind
+from polar_ray.engines.torch.quantized import quantized_kind
 from polar_ray.engines.torch.shard import Shard
 from polar_ray.model.architecture import split_wqkv
 from polar_ray.model.checkpoint import Checkpoint
@@ -65,11 +66,13 @@ class Decoder:
         add_up: AddUp | None = None,
         *,
         deterministic: bool = False,
+        quantization: Quantization | None = None,
     ) -> None:
         """Reads and packs a tensor at a time, so that the peak of memory is the packed weights and one tensor.
 
         With less than the `WHOLE`, `add_up` adds what the shards give. `deterministic` gives each token's attention
-        its place in the sequence; the rest is up to the numbers of rows, see `determinism.py`."""
+        its place in the sequence; the rest is up to the numbers of rows, see `determinism.py`. With `quantization`
+        products with weights are those of `quantized.py`."""
         self._config = shard.config(checkpoint.config)
         self._add_up = add_up or _alone
         self._dtype = dtype
@@ -79,9 +82,11 @@ class Decoder:
         heads = self._config.head_dim, self._config.queries_per_key
         self._attention = attention_for(dtype, device, *heads, PLACED_BLOCK_TOKENS if deterministic else None)
         self._last_attention = attention_for(dtype, device, *heads, 1) if deterministic else self._attention
+        kind = linear_kind(dtype, device) if quantization is None else quantized_kind(quantization)
         self._embedding = checkpoint.read("model.tok_embeddings.weight", dtype, device)
         self._layers = [
-            _read_layer(checkpoint, layer, dtype, device, shard) for layer in range(self._config.num_hidden_layers)
+            _read_layer(checkpoint, layer, dtype, device, shard, kind)
+            for layer in range(self._config.num_hidden_layers)
         ]
         self._final_norm = checkpoint.read("model.norm.weight", torch.float32, device)
         self._head = checkpoint.read("v_head.weight", torch.float32, device)[0]
@@ -205,8 +210,10 @@ def _alone(product: Tensor) -> Tensor:
     return product
 
 
-def _read_layer(checkpoint: Checkpoint, number: int, dtype: torch.dtype, device: torch.device, shard: Shard) -> Layer:
-    kind, config = linear_kind(dtype, device), shard.config(checkpoint.config)
+def _read_layer(
+    checkpoint: Checkpoint, number: int, dtype: torch.dtype, device: torch.device, shard: Shard, kind: type[Linear]
+) -> Layer:
+    config = shard.config(checkpoint.config)
 
     def read(name: str) -> Tensor:
         name = f"model.layers.{number}.{name}.weight"

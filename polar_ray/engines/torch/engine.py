@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from polar_ray import __version__
-from polar_ray.config import EngineConfig, RopeBase
+from polar_ray.config import EngineConfig, Quantization, RopeBase
 from polar_ray.engines.base import Engine
 from polar_ray.engines.ranks import RanksEngine
 from polar_ray.engines.torch.decoder import WHOLE, AddUp, Decoder
@@ -64,12 +64,14 @@ class TorchEngine:
         shard: Shard = WHOLE,
         add_up: AddUp | None = None,
         deterministic: bool = False,
+        quantization: Quantization | None = None,
     ) -> TorchEngine:
         """The checkpoint in `folder`, packed for `device` (`cpu`, `cuda`, `cuda:1`); with a `shard` that part of it,
         whose rewards are right if `add_up` adds the others' parts.
 
         `threads` sets torch's threads for the whole process; None leaves them. `deterministic` gives a sequence the
         same bits alone, in any batch and with or without a shared prefix, on this kind of device with this torch.
+        With `quantization` linear layers compute in 8 bits, see `quantized.py`.
         Raises `CheckpointError` for the folder and `EngineStartError` for the machine, also if it cannot be
         deterministic on it.
         """
@@ -84,7 +86,14 @@ class TorchEngine:
         try:
             with torch.inference_mode():
                 decoder = Decoder(
-                    checkpoint, DTYPES[dtype], place, rope_base, shard, add_up, deterministic=deterministic
+                    checkpoint,
+                    DTYPES[dtype],
+                    place,
+                    rope_base,
+                    shard,
+                    add_up,
+                    deterministic=deterministic,
+                    quantization=quantization,
                 )
                 lengths = even_lengths(decoder, checkpoint.config.hidden_size, place) if deterministic else ()
         except (MemoryError, RuntimeError) as error:
@@ -169,6 +178,7 @@ def start(folder: Path, engine: EngineConfig) -> Engine:
         rope_base=engine.rope_base,
         threads=engine.threads,
         deterministic=engine.deterministic,
+        quantization=engine.quantization,
     )
 
 
