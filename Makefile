@@ -88,8 +88,8 @@ $(AUDIT)/.installed:
 	$(AUDIT)/bin/python -m pip install --quiet pip-audit==2.10.1
 	@touch $@
 
-bench: setup ## compare the torch engine with padded batches, in bf16 and fp32
-	$(BIN)/polar-ray bench engine --shape small
+bench: setup ## compare the engines that are installed with each other and with padded batches
+	$(BIN)/polar-ray bench engines --shape small
 
 clean: ## remove what make made
 	rm -rf $(VENV) $(CLIENTS) $(ENGINES) $(AUDIT) build dist *.egg-info

@@ -20,9 +20,9 @@ from polar_ray.config import EMBEDDED_MODEL, ScoreConfig, load_config
 from polar_ray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from polar_ray.bench.engine import DtypeResult
     from polar_ray.bench.engines import EngineResult
     from polar_ray.bench.serve import Comparison, Result
+    from polar_ray.planning import Ids
 
 ShapeName = Annotated[
     Literal["tiny", "small", "medium"], typer.Option(help="Random weights of this shape: 2, 59 or 292 M parameters.")
@@ -30,11 +30,13 @@ ShapeName = Annotated[
 WeightsInstead = Annotated[
     str | None, typer.Option("--model", help="A checkpoint's folder or hub name instead of random weights.")
 ]
-WorkloadName = Annotated[
-    Literal["gsm8k", "gsm8k-44", "gaokao", "long", "longest", "references", "strangers"],
-    typer.Option(help="What is scored: lengths, and what sequences have in common."),
+Workloads = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Lengths, and what sequences have in common: gsm8k, gsm8k-44, gaokao, long, longest, references or "
+        "strangers. Repeatable; left out, gsm8k."
+    ),
 ]
-Groups = Annotated[int, typer.Option(min=1, help="Groups of outputs that share prompt and reference.")]
 GroupSize = Annotated[int | None, typer.Option(min=1, help="Outputs of one group. Left out: the workload's.")]
 Seed = Annotated[int, typer.Option(help="Of weights, ids and lengths.")]
 Results = Annotated[Path | None, typer.Option("--output", "-o", help="Write the results as JSON to this file.")]
@@ -48,128 +50,81 @@ def bench() -> None:
 
 
 @app.command()
-def engine(
-    shape: ShapeName = "small",
-    model: WeightsInstead = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="float32 or bfloat16. Repeatable; left out, both.")] = None,
-    workload: WorkloadName = "gsm8k",
-    groups: Groups = 8,
-    group_size: GroupSize = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each method, interleaved.")] = 3,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Left out: one per core.")] = None,
-    seed: Seed = 0,
-    output: Results = None,
-) -> None:
-    """Compare the torch engine with padded batches through transformers, on a CPU.
-
-    Ids are random, lengths those of a workload. The methods take turns in one process; the median CPU
-    seconds of each are compared, so that other work on the machine counts little. One dtype a run gives the
-    cleanest figures.
-
-    [dim]polar-ray bench engine --shape small --dtype bfloat16 --output engine.json[/]
-    """
-    from polar_ray.bench.engine import bench_engine
-    from polar_ray.bench.workload import SHAPES, WORKLOADS, random_groups
-    from polar_ray.model.checkpoint import Checkpoint
-
-    dtypes = dtype or ["float32", "bfloat16"]
-    if unknown := set(dtypes) - {"float32", "bfloat16"}:
-        raise ConfigError(f"--dtype {min(unknown)}: expected float32 or bfloat16")
-    with _checkpoint(shape, model, seed) as folder:
-        vocab_size = Checkpoint.open(folder).config.vocab_size
-        sequences = random_groups(WORKLOADS[workload], groups, vocab_size, group_size=group_size, seed=seed)
-        results = bench_engine(folder, sequences, dtypes=dtypes, rounds=rounds, threads=threads)
-    for result in results:
-        Console().print(_table(result))
-    if output is not None:
-        from polar_ray.bench.provenance import provenance
-
-        settings = {
-            "shape": asdict(SHAPES[shape]) if model is None else Path(model).name,
-            "dtypes": dtypes,
-            **_work(workload, groups, group_size),
-            "sequences": len(sequences),
-            "rounds": rounds,
-            "threads": threads,
-            "seed": seed,
-        }
-        command = " ".join(
-            [
-                f"polar-ray bench engine {_weights_option(shape, model)}",
-                *(f"--dtype {name}" for name in dtypes),
-                _work_options(workload, groups, group_size),
-                f"--rounds {rounds} --seed {seed}",
-                *([f"--threads {threads}"] if threads is not None else []),
-            ]
-        )
-        content = {"command": command, **provenance(), "settings": settings, "results": [asdict(r) for r in results]}
-        _write(output, content)
-
-
-@app.command()
 def engines(
     engine: Annotated[
         list[str] | None,
         typer.Option(
-            help="torch, vllm or sglang; or as KIND=PYTHON with the interpreter that has it. Repeatable. Left out: "
-            "torch and what else this environment has."
+            help="readme, sorted (padded batches through transformers), torch, torch-int8, torch-fp8, "
+            "torch-deterministic, vllm or sglang; or as vllm=PYTHON with the interpreter that has it. Repeatable. Left "
+            "out: all that this environment and machine have."
         ),
     ] = None,
     shape: ShapeName = "small",
     model: WeightsInstead = None,
-    workload: WorkloadName = "gsm8k",
-    groups: Groups = 8,
+    workload: Workloads = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Of each workload, in as many whole groups as that takes.")] = 8000,
     group_size: GroupSize = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each engine.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each engine on each workload.")] = 3,
+    profile: Annotated[bool, typer.Option("--profile", help="Keep where the time of one more turn went.")] = False,
     seed: Seed = 0,
     config: ConfigFile = None,
     assignments: Assignments = None,
     output: Results = None,
 ) -> None:
-    """Compare engines, each with shared prefixes and without.
+    """Compare engines with each other and with the ways they replace.
 
-    Each engine is started as a job would start it, in processes of its own,
-    and they take turns on the same ids; those of the others stand still. The
-    ids of each round are new. Errors are from float32 of the same weights.
+    Each is started as a job would start it, in processes of its own, and they take turns on the same ids; those of the
+    others stand still. Engines run with shared prefixes and without. The ids of each round are new. Errors are from
+    float32 of the same weights.
 
     [dim]polar-ray bench engines --engine torch --engine vllm=.engines/vllm/bin/python[/]
     [dim]polar-ray bench engines --set engine.dtype=bfloat16 --model internlm/POLAR-1_8B[/]
     """
-    from polar_ray.bench.engines import bench_engines, installed_kinds
-    from polar_ray.bench.workload import SHAPES, WORKLOADS, random_groups
-    from polar_ray.model.checkpoint import Checkpoint
+    from polar_ray.bench.engines import bench_engines, installed_methods
+    from polar_ray.bench.workload import SHAPES, WORKLOADS
+    from polar_ray.model.checkpoint import read_config
 
-    named = engine or installed_kinds()
-    settings = [load_config(ScoreConfig, config, assignments or (), **engine_settings(each)) for each in named]
+    workload = workload or ["gsm8k"]
+    _refuse_unknown("workload", workload, WORKLOADS)
+    named = [each.partition("=") for each in engine or installed_methods()]
+    settings = {
+        method: load_config(
+            ScoreConfig, config, assignments or (), **engine_settings(_kind(method) + "=" + where)
+        ).engine
+        for method, _, where in named
+    }
     busy_before, notes = os.getloadavg(), Console(stderr=True)
     with _checkpoint(shape, model, seed) as folder, notes.status("") as status:
-        vocab_size = Checkpoint.open(folder).config.vocab_size
-        sequences = random_groups(WORKLOADS[workload], groups, vocab_size, group_size=group_size, seed=seed)
-        results = bench_engines(
-            folder, [each.engine for each in settings], sequences, rounds=rounds, on_stage=status.update
-        )
+        vocab_size = read_config(folder).vocab_size
+        work: dict[str, list[Ids]] = {
+            name: _sequences(name, tokens, group_size, vocab_size, seed) for name in workload or ["gsm8k"]
+        }
+        compared = bench_engines(folder, settings, work, rounds=rounds, profiled=profile, on_stage=status.update)
     console = Console(highlight=False)
-    console.print(_engines_table(results))
-    console.print("CPU s, memory: of all processes of an engine. x: its CPU time over torch's, shared.", style="dim")
+    for name in work:
+        console.print(_engines_table([result for result in compared.results if result.workload == name]))
+    console.print(_processes_table([result for result in compared.results if result.workload == workload[-1]]))
+    console.print(ENGINES_LEGEND, style="dim")
     if output is not None:
         from polar_ray.bench.provenance import provenance
 
-        kinds = [each.partition("=")[0] for each in named]
         options = [
-            *(f"--engine {kind}" for kind in kinds),
-            _weights_option(shape, model),
-            _work_options(workload, groups, group_size),
+            *_repeated("engine", settings),
+            f"--shape {shape}" if model is None else f"--model {Path(model).name}",  # results are published: no paths
+            *_repeated("workload", work),
+            f"--tokens {tokens}",
+            *([] if group_size is None else [f"--group-size {group_size}"]),
             f"--rounds {rounds} --seed {seed}",
-            *(f"--set {assignment}" for assignment in assignments or ()),
+            *(["--profile"] if profile else []),
+            *_repeated("set", assignments or ()),
         ]
         content = {
             "command": " ".join(["polar-ray bench engines", *options]),
             **provenance(),
             "load_average": {"before": busy_before, "after": os.getloadavg()},
             "shape": asdict(SHAPES[shape]) if model is None else Path(model).name,
-            **_work(workload, groups, group_size),
-            "sequences": len(sequences),
-            "results": [asdict(result) for result in results],
+            "workloads": {name: _described(name, sequences) for name, sequences in work.items()},
+            **asdict(compared),
         }
         _write(output, content)
 
@@ -237,23 +192,28 @@ def serve(
         _write(output, content)
 
 
-def _work(workload: str, groups: int, group_size: int | None) -> dict[str, Any]:
+def _kind(method: str) -> str:
+    """The engine's of a method: `torch` for those that are not an engine's own name."""
+    return method if method in ("vllm", "sglang", "lmdeploy", "serve", "fake") else "torch"
+
+
+def _sequences(workload: str, tokens: int, group_size: int | None, vocab_size: int, seed: int) -> list[Ids]:
+    """As many whole groups as hold `tokens` tokens, with other ids for other workloads."""
+    from polar_ray.bench.workload import WORKLOADS, random_groups
+
+    lengths, groups = WORKLOADS[workload], 0
+    seed += list(WORKLOADS).index(workload)
+    sequences: list[Ids] = []
+    while sum(map(len, sequences)) < tokens:
+        groups += lengths.references
+        sequences = random_groups(lengths, groups, vocab_size, group_size=group_size, seed=seed)
+    return sequences
+
+
+def _described(workload: str, sequences: Sequence[Ids]) -> dict[str, Any]:
     from polar_ray.bench.workload import WORKLOADS
 
-    lengths = asdict(WORKLOADS[workload])
-    return {
-        "workload": {"name": workload, **lengths},
-        "groups": groups,
-        "group_size": group_size or lengths["group_size"],
-    }
-
-
-def _work_options(workload: str, groups: int, group_size: int | None) -> str:
-    words = [
-        f"--workload {workload} --groups {groups}",
-        *([] if group_size is None else [f"--group-size {group_size}"]),
-    ]
-    return " ".join(words)
+    return {**asdict(WORKLOADS[workload]), "sequences": len(sequences), "tokens": sum(map(len, sequences))}
 
 
 def _refuse_unknown(option: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -290,54 +250,52 @@ def _checkpoint(shape: str, model: str | None, seed: int) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _weights_option(shape: str, model: str | None) -> str:
-    """As in the command of a results file, which has no paths."""
-    return f"--shape {shape}" if model is None else f"--model {Path(model).name}"
+ENGINES_LEGEND = (
+    "CPU s: of all processes. x: CPU time of readme over its own. of rate: of what bare products in the same "
+    "arithmetic reach. plan: planning's part of the CPU time. Errors are from float32 of the same weights."
+)
 
 
 def _engines_table(results: Sequence[EngineResult]) -> Table:
-    title = f"{results[0].tokens:,} tokens a round"
-    table = Table(title=title, title_justify="left", title_style="bold", padding=(0, 1, 0, 0), box=None)
-    for name in ("engine", "dtype", "prefixes"):
-        table.add_column(name, no_wrap=True)
-    for name in ("tokens/s", "CPU s", "x", "memory", "start", "max error", "rms error"):
+    table = _plain_table(f"{results[0].workload}, {results[0].tokens:,} tokens a round", ("engine", "", "prefixes"))
+    for name in ("tokens/s", "CPU s", "x", "of rate", "plan", "max error"):
         table.add_column(name, justify="right", no_wrap=True)
-    ours = next((row.median_cpu_s for row in results if row.engine == "torch" and row.share_prefixes), None)
     for row in results:
         table.add_row(
-            row.engine,
-            row.dtype,
-            "shared" if row.share_prefixes else "unshared",
-            f"{row.tokens_per_s:,.0f}",
-            f"{row.median_cpu_s:.2f}",
-            "" if ours is None else f"{row.median_cpu_s / ours:.2f}",
-            f"{row.memory_bytes / 2**30:.2f} GiB",
-            f"{row.start_s:.0f} s",
-            f"{row.max_error:.1e}",
-            f"{row.rms_error:.1e}",
-        )
-    return table
-
-
-def _table(result: DtypeResult) -> Table:
-    gemm = f"{max(result.gemm_flops_per_cpu_s.values()) / 1e9:.0f} GFLOP per CPU second in bare products"
-    title = f"{result.dtype}, {result.methods[0].tokens:,} tokens; {gemm}"
-    table = Table(title=title, title_justify="left", title_style="bold", padding=(0, 1, 0, 0), box=None)
-    table.add_column("method")
-    for name in ("computed", "tokens/s", "CPU s", "x readme", "max error", "rms error", "of GEMM"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in result.methods:
-        table.add_row(
             row.method,
-            f"{row.computed_tokens:,}",
+            row.arithmetic,
+            _prefixes(row),
             f"{row.tokens_per_s:,.0f}",
             f"{row.median_cpu_s:.2f}",
-            f"{row.speedup_over_readme:.2f}",
+            "" if row.speedup_over_readme is None else f"{row.speedup_over_readme:.2f}",
+            "" if row.fraction_of_product_rate is None else f"{row.fraction_of_product_rate:.0%}",
+            f"{row.planning_share:.1%}",
             f"{row.max_error:.1e}",
-            f"{row.rms_error:.1e}",
-            f"{row.fraction_of_gemm_rate:.0%}",
         )
     return table
+
+
+def _processes_table(results: Sequence[EngineResult]) -> Table:
+    """What each takes besides time."""
+    table = _plain_table("Processes", ("engine", "prefixes"))
+    for name in ("memory", "start"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("version")
+    for row in results:
+        memory, start = f"{row.memory_bytes / 2**30:.2f} GiB", f"{row.start_s:.0f} s"
+        table.add_row(row.method, _prefixes(row), memory, start, row.version)
+    return table
+
+
+def _plain_table(title: str, names: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", padding=(0, 1, 0, 0), box=None)
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    return table
+
+
+def _prefixes(row: EngineResult) -> str:
+    return "shared" if row.share_prefixes else "unshared"
 
 
 SERVE_COLUMNS = (
@@ -351,8 +309,7 @@ SERVE_LEGEND = (
 
 
 def _serve_table(compared: Comparison) -> Table:
-    title = f"{compared.engine} engine"
-    table = Table(title=title, title_justify="left", title_style="bold", padding=(0, 1, 0, 0), box=None)
+    table = _plain_table(f"{compared.engine} engine", ())
     for name in ("callers", "rows"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("road", no_wrap=True)

@@ -1,0 +1,176 @@
+"""What engines are compared with: each a way from token ids to rewards, loaded in a process of its own.
+
+`readme` is what POLAR's own examples do, `sorted` what a careful user makes of it; the others are engines, started as a
+job would start them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from polar_ray.config import EngineConfig
+from polar_ray.engines.base import Engine
+from polar_ray.engines.build import build_engine, engine_module
+from polar_ray.engines.torch.engine import DTYPES
+from polar_ray.model.architecture import CheckpointConfig
+from polar_ray.model.checkpoint import read_config
+from polar_ray.model.cost import causal_pairs, flops, flops_of_batches
+from polar_ray.model.polar import PolarForReward, load_polar
+from polar_ray.planning import Ids, Rewards, plan
+
+README_BATCH = 8
+"""Sequences of a padded batch in POLAR's own examples."""
+
+SORTED_TOKENS = 4096
+"""Padded tokens of a batch of `sorted`; as many as the torch engine's budget on a CPU."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One pass over all sequences of a workload."""
+
+    rewards: Rewards
+    wall_s: float
+    plan_cpu_s: float
+    """CPU seconds of planning, which is part of a turn as it is of a job."""
+
+    computed_tokens: int
+    """With padding, or with what the planner shares counted once; what other engines share is up to their caches."""
+
+    flops: float | None
+    """Floating point operations on those tokens, by `model/cost.py`; None where another engine's cache decides."""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A contestant that is loaded."""
+
+    version: str
+    turn: Callable[[Sequence[Ids]], Turn]
+
+
+@dataclass(frozen=True)
+class EngineContestant:
+    """An engine, by its resolved settings."""
+
+    method: str
+    engine: EngineConfig
+
+    @property
+    def arithmetic(self) -> str:
+        """Its quantization, or else its dtype."""
+        return self.engine.quantization or self.engine.dtype
+
+    @property
+    def shares(self) -> bool:
+        return self.engine.share_prefixes
+
+    @property
+    def device(self) -> str:
+        return self.engine.device
+
+    @contextmanager
+    def loaded(self, folder: Path) -> Iterator[Runner]:
+        """For as long as the context lasts. Raises what `build_engine` raises."""
+        settings, config = self.engine, read_config(folder)
+        built = build_engine(settings, folder)
+        try:
+            named = engine_module(settings.kind).engine_version(settings)
+            yield Runner(named, partial(_engine_turn, built, settings, config))
+        finally:
+            built.close()
+
+
+@dataclass(frozen=True)
+class PaddedContestant:
+    """Padded batches through transformers."""
+
+    method: str
+    """`readme`: in arrival order, `README_BATCH` at a time; `sorted`: of like lengths, up to `SORTED_TOKENS`."""
+
+    dtype: str
+
+    @property
+    def arithmetic(self) -> str:
+        return self.dtype
+
+    @property
+    def shares(self) -> bool:
+        return False
+
+    @property
+    def device(self) -> str:
+        return "cpu"
+
+    @contextmanager
+    def loaded(self, folder: Path) -> Iterator[Runner]:
+        """For as long as the context lasts."""
+        model = load_polar(folder, dtype=DTYPES[self.dtype])
+        batches = {"readme": _in_arrival_order, "sorted": _of_like_lengths}[self.method]
+        yield Runner(
+            f"transformers {version('transformers')}, torch {version('torch')}",
+            lambda sequences: _padded_turn(model, sequences, batches(sequences)),
+        )
+
+
+def _engine_turn(engine: Engine, settings: EngineConfig, config: CheckpointConfig, sequences: Sequence[Ids]) -> Turn:
+    wall, cpu = time.perf_counter(), time.process_time()
+    planned = plan(
+        sequences,
+        token_budget=engine.token_budget,
+        share_prefixes=settings.share_prefixes,
+        max_shared_length=engine.max_shared_length,
+    )
+    plan_cpu_s = time.process_time() - cpu
+    rewards = planned.rewards(engine.score)
+    wall_s = time.perf_counter() - wall
+    operations: float | None = None
+    if settings.kind == "torch":
+        operations = flops_of_batches(config, planned.batches)
+    elif not settings.share_prefixes:
+        operations = _flops_of_lengths(config, list(map(len, sequences)))
+    return Turn(rewards, wall_s, plan_cpu_s, planned.computed_tokens, operations)
+
+
+@torch.inference_mode()
+def _padded_turn(model: PolarForReward, sequences: Sequence[Ids], batches: list[list[int]]) -> Turn:
+    wall = time.perf_counter()
+    rewards = np.empty(len(sequences), dtype=np.float32)
+    widths: list[int] = []
+    for batch in batches:
+        shape = (len(batch), max(len(sequences[row]) for row in batch))
+        ids, mask = torch.full(shape, model.checkpoint_config.pad_token_id), torch.zeros(shape, dtype=torch.int64)
+        for place, row in enumerate(batch):
+            ids[place, : len(sequences[row])] = torch.from_numpy(sequences[row].astype(np.int64))
+            mask[place, : len(sequences[row])] = 1
+        rewards[batch] = model(ids, mask).numpy()
+        widths += [shape[1]] * shape[0]
+    wall_s = time.perf_counter() - wall
+    return Turn(rewards, wall_s, 0.0, sum(widths), _flops_of_lengths(model.checkpoint_config, widths))
+
+
+def _flops_of_lengths(config: CheckpointConfig, lengths: Sequence[int]) -> float:
+    return flops(config, sum(lengths), sum(map(causal_pairs, lengths)))
+
+
+def _in_arrival_order(sequences: Sequence[Ids]) -> list[list[int]]:
+    rows = range(len(sequences))
+    return [list(rows[start : start + README_BATCH]) for start in range(0, len(rows), README_BATCH)]
+
+
+def _of_like_lengths(sequences: Sequence[Ids]) -> list[list[int]]:
+    batches: list[list[int]] = []
+    for row in sorted(range(len(sequences)), key=lambda row: len(sequences[row])):
+        if not batches or (len(batches[-1]) + 1) * len(sequences[row]) > SORTED_TOKENS:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
