@@ -95,7 +95,8 @@ def bench_engine(
         result, found = _bench_dtype(folder, sequences, dtype, rounds)
         results.append(result)
         rewards.append(found)
-    expected = _padded(load_polar(folder, dtype=torch.float32), sequences, _sorted_batches(sequences))
+    batches = sorted_batches(sequences, TOKEN_BUDGET)
+    expected = padded_rewards(load_polar(folder, dtype=torch.float32), sequences, batches)
     for result, found in zip(results, rewards, strict=True):
         for method in result.methods:
             errors = found[method.method] - expected
@@ -113,7 +114,7 @@ def _bench_dtype(
     deterministic = TorchEngine.load(folder, dtype=dtype, token_budget=TOKEN_BUDGET, deterministic=True)
     methods = {
         "readme": _padded_method(model, sequences, _readme_batches(sequences)),
-        "sorted": _padded_method(model, sequences, _sorted_batches(sequences)),
+        "sorted": _padded_method(model, sequences, sorted_batches(sequences, TOKEN_BUDGET)),
         "unshared": _engine_method(engine, model.checkpoint_config, sequences, share=False),
         "shared": _engine_method(engine, model.checkpoint_config, sequences, share=True),
         "deterministic": _engine_method(deterministic, model.checkpoint_config, sequences, share=True),
@@ -147,10 +148,11 @@ def _readme_batches(sequences: Sequence[Ids]) -> list[list[int]]:
     ]
 
 
-def _sorted_batches(sequences: Sequence[Ids]) -> list[list[int]]:
+def sorted_batches(sequences: Sequence[Ids], token_budget: int) -> list[list[int]]:
+    """Rows in batches of like lengths, of `token_budget` tokens with their padding."""
     batches: list[list[int]] = []
     for row in sorted(range(len(sequences)), key=lambda row: len(sequences[row])):
-        if not batches or (len(batches[-1]) + 1) * len(sequences[row]) > TOKEN_BUDGET:
+        if not batches or (len(batches[-1]) + 1) * len(sequences[row]) > token_budget:
             batches.append([])
         batches[-1].append(row)
     return batches
@@ -159,11 +161,12 @@ def _sorted_batches(sequences: Sequence[Ids]) -> list[list[int]]:
 def _padded_method(model: PolarForReward, sequences: Sequence[Ids], batches: list[list[int]]) -> Method:
     widths = [max(len(sequences[row]) for row in batch) for batch in batches for _ in batch]
     operations = flops(model.checkpoint_config, sum(widths), sum(map(causal_pairs, widths)))
-    return Method(lambda: _padded(model, sequences, batches), sum(widths), operations)
+    return Method(lambda: padded_rewards(model, sequences, batches), sum(widths), operations)
 
 
 @torch.inference_mode()
-def _padded(model: PolarForReward, sequences: Sequence[Ids], batches: list[list[int]]) -> Rewards:
+def padded_rewards(model: PolarForReward, sequences: Sequence[Ids], batches: list[list[int]]) -> Rewards:
+    """One reward per sequence, in order, from padded batches on the model's device."""
     rewards = np.empty(len(sequences), dtype=np.float32)
     for batch in batches:
         shape = (len(batch), max(len(sequences[row]) for row in batch))
@@ -171,7 +174,7 @@ def _padded(model: PolarForReward, sequences: Sequence[Ids], batches: list[list[
         for place, row in enumerate(batch):
             ids[place, : len(sequences[row])] = torch.from_numpy(sequences[row].astype(np.int64))
             mask[place, : len(sequences[row])] = 1
-        rewards[batch] = model(ids, mask).numpy()
+        rewards[batch] = model(ids.to(model.device), mask.to(model.device)).cpu().numpy()
     return rewards
 
 
