@@ -29,10 +29,10 @@ SERIAL_ELEMENTS = 32767
 """torch divides element-wise work on a CPU among threads above this (`GRAIN_SIZE` in aten/src/ATen/TensorIterator.h),
 and where one's part ends within a vector it multiplies complex numbers by other instructions, which round otherwise."""
 
-TRIED_ROWS = ((24, 0), (40, 8), (56, 0))
+TRIED_ROWS = ((24, 0), (40, 8), (56, 0), (1, 0))
 """Numbers of rows and of others before them. A number that was seen once is a constant to the compiler, a second one
-makes it a variable; whether rows begin a tensor or lie further behind in it are two cases to it. So a model's first
-batch finds everything compiled."""
+makes it a variable; that rows begin a tensor or lie further behind in it, and a single row, are cases of their own. So
+a model's first batch finds everything compiled."""
 
 MAX_DIFFERENCE = 0.03
 """Of two numbers, by one more than their size, that is rounding: the compiled form rounds once, torch's kernels several
