@@ -14,9 +14,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-import torch
-
+from polar_ray.bench.padded import padded_rewards, padded_widths, readme_batches, sorted_batches
 from polar_ray.config import EngineConfig
 from polar_ray.engines.base import Engine
 from polar_ray.engines.build import build_engine, engine_module
@@ -27,8 +25,7 @@ from polar_ray.model.cost import causal_pairs, flops, flops_of_batches
 from polar_ray.model.polar import PolarForReward, load_polar
 from polar_ray.planning import Ids, Rewards, plan
 
-README_BATCH = 8
-"""Sequences of a padded batch in POLAR's own examples."""
+Batches = Callable[[Sequence[Ids]], list[list[int]]]
 
 SORTED_TOKENS = 4096
 """Padded tokens of a batch of `sorted`; as many as the torch engine's budget on a CPU."""
@@ -95,7 +92,7 @@ class PaddedContestant:
     """Padded batches through transformers."""
 
     method: str
-    """`readme`: in arrival order, `README_BATCH` at a time; `sorted`: of like lengths, up to `SORTED_TOKENS`."""
+    """`readme` or `sorted`."""
 
     dtype: str
 
@@ -115,11 +112,9 @@ class PaddedContestant:
     def loaded(self, folder: Path) -> Iterator[Runner]:
         """For as long as the context lasts."""
         model = load_polar(folder, dtype=DTYPES[self.dtype])
-        batches = {"readme": _in_arrival_order, "sorted": _of_like_lengths}[self.method]
-        yield Runner(
-            f"transformers {version('transformers')}, torch {version('torch')}",
-            lambda sequences: _padded_turn(model, sequences, batches(sequences)),
-        )
+        batches = readme_batches if self.method == "readme" else partial(sorted_batches, token_budget=SORTED_TOKENS)
+        named = f"transformers {version('transformers')}, torch {version('torch')}"
+        yield Runner(named, partial(_padded_turn, model, batches))
 
 
 def _engine_turn(engine: Engine, settings: EngineConfig, config: CheckpointConfig, sequences: Sequence[Ids]) -> Turn:
@@ -141,36 +136,14 @@ def _engine_turn(engine: Engine, settings: EngineConfig, config: CheckpointConfi
     return Turn(rewards, wall_s, plan_cpu_s, planned.computed_tokens, operations)
 
 
-@torch.inference_mode()
-def _padded_turn(model: PolarForReward, sequences: Sequence[Ids], batches: list[list[int]]) -> Turn:
+def _padded_turn(model: PolarForReward, batches: Batches, sequences: Sequence[Ids]) -> Turn:
     wall = time.perf_counter()
-    rewards = np.empty(len(sequences), dtype=np.float32)
-    widths: list[int] = []
-    for batch in batches:
-        shape = (len(batch), max(len(sequences[row]) for row in batch))
-        ids, mask = torch.full(shape, model.checkpoint_config.pad_token_id), torch.zeros(shape, dtype=torch.int64)
-        for place, row in enumerate(batch):
-            ids[place, : len(sequences[row])] = torch.from_numpy(sequences[row].astype(np.int64))
-            mask[place, : len(sequences[row])] = 1
-        rewards[batch] = model(ids, mask).numpy()
-        widths += [shape[1]] * shape[0]
+    chosen = batches(sequences)
+    rewards = padded_rewards(model, sequences, chosen)
     wall_s = time.perf_counter() - wall
+    widths = [width for batch in padded_widths(sequences, chosen) for width in batch]
     return Turn(rewards, wall_s, 0.0, sum(widths), _flops_of_lengths(model.checkpoint_config, widths))
 
 
 def _flops_of_lengths(config: CheckpointConfig, lengths: Sequence[int]) -> float:
     return flops(config, sum(lengths), sum(map(causal_pairs, lengths)))
-
-
-def _in_arrival_order(sequences: Sequence[Ids]) -> list[list[int]]:
-    rows = range(len(sequences))
-    return [list(rows[start : start + README_BATCH]) for start in range(0, len(rows), README_BATCH)]
-
-
-def _of_like_lengths(sequences: Sequence[Ids]) -> list[list[int]]:
-    batches: list[list[int]] = []
-    for row in sorted(range(len(sequences)), key=lambda row: len(sequences[row])):
-        if not batches or (len(batches[-1]) + 1) * len(sequences[row]) > SORTED_TOKENS:
-            batches.append([])
-        batches[-1].append(row)
-    return batches

@@ -13,17 +13,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from torch.profiler import ProfilerActivity, profile
+import torch
 
-from polar_ray.bench.contestants import EngineContestant, PaddedContestant, Runner, Turn
+from polar_ray.bench.contestants import EngineContestant, PaddedContestant, Turn
 from polar_ray.bench.processes import ProcessTree
 from polar_ray.bench.products import product_rate
+from polar_ray.bench.profiles import KernelTime, kernel_times
 from polar_ray.config import EngineConfig
 from polar_ray.engines.build import HAVE_NO_WEIGHTS, resolve_engine
 from polar_ray.errors import ConfigError, EngineStartError, PolarRayError
@@ -44,19 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 PADDED = ("readme", "sorted")
 """On CPUs; on GPUs jobs/bench/gpu.py has them."""
 
-PROFILED_OPERATORS = 12
-
 END_S = 30.0
-
-
-@dataclass(frozen=True)
-class ProfileRow:
-    """An operator of torch, in one turn."""
-
-    operator: str
-    calls: int
-    share: float
-    """Of the turn's time, what it calls left out."""
 
 
 @dataclass
@@ -104,7 +94,7 @@ class EngineResult:
     """Largest difference of a reward from float32 of the same weights."""
 
     rms_error: float = 0.0
-    profile: list[ProfileRow] = field(default_factory=list)
+    profile: list[KernelTime] = field(default_factory=list)
     """Where the time of one more turn went, of torch in the method's own process."""
 
 
@@ -155,7 +145,7 @@ class _Process:
         assert isinstance(turn, Turn)
         return turn, self.tree.cpu_s() - before
 
-    def profile(self, sequences: Sequence[Ids]) -> list[ProfileRow]:
+    def profile(self, sequences: Sequence[Ids]) -> list[KernelTime]:
         rows = self._ask("profile", sequences)
         assert isinstance(rows, list)
         return rows
@@ -318,21 +308,12 @@ def _contest(pipe: Connection, contestant: Contestant, folder: Path) -> None:
             pipe.send(_Ready(runner.version, time.perf_counter() - began))
             while True:
                 what, sequences = pipe.recv()
-                pipe.send(runner.turn(sequences) if what == "turn" else _profile(runner, sequences))
+                turn = partial(runner.turn, sequences)
+                pipe.send(turn() if what == "turn" else kernel_times(turn, torch.device(contestant.device)))
     except (EOFError, BrokenPipeError):
         return
     except PolarRayError as error:
         pipe.send(error)
-
-
-def _profile(runner: Runner, sequences: Sequence[Ids]) -> list[ProfileRow]:
-    """The operators that take the most of a turn; none where torch computes in another process."""
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
-        runner.turn(sequences)
-    operators = recorded.key_averages()
-    total = sum(row.self_cpu_time_total for row in operators)
-    largest = sorted(operators, key=lambda row: -row.self_cpu_time_total)[:PROFILED_OPERATORS]
-    return [ProfileRow(row.key, row.count, row.self_cpu_time_total / total) for row in largest]
 
 
 def _renamed(ids: Ids, number: int, vocab_size: int) -> Ids:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from polar_ray.model.architecture import CheckpointConfig
-from polar_ray.model.checkpoint import save_checkpoint
+from polar_ray.model.architecture import CheckpointConfig, tensor_shapes
+from polar_ray.model.checkpoint import Checkpoint, StoredTensor, save_checkpoint
 from polar_ray.model.locate import EMBEDDED_FOLDER
 from polar_ray.model.polar import PolarForReward
 from polar_ray.planning import Ids
@@ -85,8 +88,42 @@ WORDS = (
 def write_random_checkpoint(folder: Path, shape: Shape, *, seed: int = 0) -> None:
     """A bfloat16 checkpoint whose rewards of random ids have a standard deviation near 2, with the tokenizer that ships
     here, which has fewer ids."""
+    generator = torch.Generator().manual_seed(seed)
+    model = PolarForReward(config_of(shape))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(_draw(name, parameter.shape, generator))
+    save_checkpoint(model.to(torch.bfloat16), folder)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copyfile(EMBEDDED_FOLDER / name, folder / name)
+
+
+class RandomCheckpoint(Checkpoint):
+    """Weights as `write_random_checkpoint` draws them, drawn on the device that reads them and stored nowhere.
+
+    A shape has the same weights on every device of one kind, whatever dtype they are read in.
+    """
+
+    @classmethod
+    def of(cls, shape: Shape) -> RandomCheckpoint:
+        config, nowhere = config_of(shape), Path("random")
+        stored = {
+            name: StoredTensor(nowhere, "BF16", size, 0, 2 * prod(size)) for name, size in tensor_shapes(config).items()
+        }
+        return cls(nowhere, config, stored)
+
+    def read(
+        self, name: str, dtype: torch.dtype, device: str | torch.device = "cpu", part: tuple[slice, ...] = ()
+    ) -> Tensor:
+        generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+        tensor = _draw(name, self.stored[name].shape, generator).bfloat16()
+        return tensor[part].to(dtype)
+
+
+def config_of(shape: Shape) -> CheckpointConfig:
+    """A config of this shape, everything else as POLAR has it."""
     embedded = json.loads((EMBEDDED_FOLDER / "config.json").read_text())
-    config = CheckpointConfig.from_json(
+    return CheckpointConfig.from_json(
         json.dumps(
             {
                 "architectures": ["InternLM2ForRewardModel"],
@@ -100,19 +137,15 @@ def write_random_checkpoint(folder: Path, shape: Shape, *, seed: int = 0) -> Non
             }
         )
     )
-    generator = torch.Generator().manual_seed(seed)
-    model = PolarForReward(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-                continue
-            fan_in = 1.0 if "embed" in name else parameter.shape[1]
-            scale = 2.0 if name == "v_head.weight" else 1.0
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (scale / fan_in**0.5))
-    save_checkpoint(model.to(torch.bfloat16), folder)
-    for name in ("tokenizer.model", "tokenizer_config.json"):
-        shutil.copyfile(EMBEDDED_FOLDER / name, folder / name)
+
+
+def _draw(name: str, size: Sequence[int], generator: torch.Generator) -> Tensor:
+    """A weight on the generator's device, float32, that keeps the spread of what it multiplies; norms are 1."""
+    if len(size) == 1:
+        return torch.ones(size, device=generator.device)
+    fan_in = 1.0 if "embed" in name else size[1]
+    scale = 2.0 if name == "v_head.weight" else 1.0
+    return torch.randn(size, generator=generator, device=generator.device).mul_(scale / fan_in**0.5)
 
 
 def random_groups(

@@ -1,5 +1,5 @@
 """Floating point operations of a pass through the model, counted from its shape: two for each weight that a token
-meets, and four for each element of a query's head and each key that it sees."""
+meets, and four for each element of a query's head and each key that it sees. And the bytes that it moves."""
 
 from __future__ import annotations
 
@@ -65,3 +65,28 @@ def flops_of_batches(config: CheckpointConfig, batches: Iterable[Batch]) -> floa
         for start, node in zip(batch.starts, batch.nodes, strict=True):
             pairs += start * len(node.ids) + causal_pairs(len(node.ids))
     return flops(config, tokens, pairs, rewards)
+
+
+def bytes_of_batches(config: CheckpointConfig, batches: Iterable[Batch], chunk_tokens: int) -> float:
+    """What a GPU's memory reads and writes at least for planned batches in 16 bits, if each product, the attention and
+    each step between them is a kernel: weights once for every `chunk_tokens` tokens, everything else where a kernel
+    takes it and where it leaves it, the residual stream in float32.
+
+    The attention's keys and values count once for each node that reads them. Copies of shared ones do not count.
+    """
+    hidden, inner = config.hidden_size, config.intermediate_size
+    key_width = config.num_key_value_heads * config.head_dim
+    embed = 6 * hidden
+    # Norm; key and value product; their rotation and placing.
+    key_value = 6 * hidden + (2 * hidden + 4 * key_width) + 8 * key_width
+    # Query product, rotation, attention, output product; sum and norm; gate and up; gating; down; sum.
+    others = 4 * 4 * hidden + 12 * hidden + 4 * (hidden + inner) + 6 * inner + 2 * (inner + hidden) + 10 * hidden
+    weights = 2 * (2 * hidden * hidden + 2 * hidden * key_width + 3 * hidden * inner)
+    layers, total = config.num_hidden_layers, 0
+    for batch in batches:
+        tokens, chunks = batch.computed_tokens, -(-batch.computed_tokens // chunk_tokens)
+        keys = sum(start + len(node.ids) for start, node in zip(batch.starts, batch.nodes, strict=True))
+        total += tokens * embed
+        total += (layers - 1) * (chunks * weights + tokens * (key_value + others) + 4 * keys * key_width)
+        total += chunks * weights + tokens * key_value + len(batch) * others + 4 * batch.tokens * key_width
+    return float(total)

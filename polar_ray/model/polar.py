@@ -77,11 +77,21 @@ def load_polar(
     device: str | torch.device = "cpu",
     rope_base: RopeBase = "hf",
 ) -> PolarForReward:
-    """The model in `folder`, in evaluation mode; `dtype` None is the checkpoint's own.
+    """The model in `folder`, in evaluation mode; `dtype` None is the checkpoint's own."""
+    return build_polar(Checkpoint.open(folder), dtype=dtype, device=device, rope_base=rope_base)
+
+
+def build_polar(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    rope_base: RopeBase = "hf",
+) -> PolarForReward:
+    """As `load_polar`, of an opened checkpoint.
 
     Built without storage and filled tensor by tensor, so that the peak of memory is the weights themselves.
     """
-    checkpoint = Checkpoint.open(folder)
     with torch.device("meta"):
         model: PolarForReward = PolarForReward(checkpoint.config, rope_base=rope_base)
     parameters: dict[str, Tensor] = {}
@@ -91,7 +101,9 @@ def load_polar(
     model.load_state_dict(parameters, strict=True, assign=True)
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if left:
-        raise CheckpointError(f"{folder}: no values for {left[0]}; Llama has other parts in this transformers")
+        raise CheckpointError(
+            f"{checkpoint.folder}: no values for {left[0]}; Llama has other parts in this transformers"
+        )
     model.eval()
     return model
 

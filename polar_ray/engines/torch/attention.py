@@ -7,7 +7,9 @@ Queries are laid out `[G, T, R, D]`, so that the rows of a block of tokens, all 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Protocol
 
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from polar_ray.engines.torch.layout import Segment, Span
 from polar_ray.engines.torch.linear import onednn_product, onednn_works
+from polar_ray.engines.torch.varlen import VarlenAttention, varlen_works
 
 BLOCK_TOKENS = 128
 """Query tokens of one block on a CPU: causal attention computes at most this many keys too many for a row, and below
@@ -35,12 +38,19 @@ LOWEST_SUM, HIGHEST_SUM = 2.0**-64, 2.0**96
 """Sums of unnormalised weights that are trusted: what the range of float32 and bfloat16 cuts off is below rounding."""
 
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""`[T, G * R * D]` from queries `[G, T, R, D]` and keys and values `[G, any, D]`."""
+
+
 class Attention(Protocol):
     score_scale: float
     """What queries are multiplied by before they come here."""
 
-    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """`[T, G * R * D]` from queries `[G, T, R, D]`, all in `segments`, and keys and values `[G, any, D]`."""
+    by_token: bool
+    """Whether queries, keys and values are read best if memory has all heads of a token side by side."""
+
+    def over(self, segments: Sequence[Segment]) -> Attend:
+        """The attention of `segments`, which every query is in, for all layers of a batch."""
         ...
 
 
@@ -52,16 +62,30 @@ def attention_for(
         return PlacedAttention(dtype, device, head_dim, queries_per_key, block_tokens)
     if onednn_works(dtype, device.type):
         return BlockAttention(dtype, head_dim, queries_per_key)
+    if varlen_works(dtype, device, head_dim, queries_per_key):
+        return VarlenAttention(device, head_dim)
     return SdpaAttention(head_dim)
 
 
-class SdpaAttention:
+class SegmentAttention(ABC):
+    """Takes the segments one after the other, and needs nothing of them beforehand."""
+
+    by_token = False
+
+    def over(self, segments: Sequence[Segment]) -> Attend:
+        return partial(self._attend, segments=segments)
+
+    @abstractmethod
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, segments: Sequence[Segment]) -> Tensor: ...
+
+
+class SdpaAttention(SegmentAttention):
     """torch's own kernels, a call for each block: for GPUs, and wherever oneDNN is not to be had."""
 
     def __init__(self, head_dim: int) -> None:
         self.score_scale = head_dim**-0.5
 
-    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, segments: Sequence[Segment]) -> Tensor:
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, segments: Sequence[Segment]) -> Tensor:
         groups, n_tokens, per_key, size = queries.shape
         out = queries.new_empty(n_tokens, groups * per_key, size)
         for segment, own_keys, own_values in _segments(segments, keys, values):
@@ -77,7 +101,7 @@ class SdpaAttention:
         return out.flatten(1)
 
 
-class BlockAttention:
+class BlockAttention(SegmentAttention):
     """Products of blocks of queries with all their keys, on a CPU.
 
     torch's flash kernel for CPUs does not use oneDNN's products, which are faster in either dtype. Weights are powers
@@ -90,7 +114,7 @@ class BlockAttention:
         self.score_scale = math.log2(math.e) * head_dim**-0.5
         self._later = _later(BLOCK_TOKENS, queries_per_key, dtype, torch.device("cpu"))
 
-    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, segments: Sequence[Segment]) -> Tensor:
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, segments: Sequence[Segment]) -> Tensor:
         out, lowest, highest = self._mix(queries, keys, values, segments, subtract_largest=False)
         if not (lowest > LOWEST_SUM and highest < HIGHEST_SUM):
             out, _, _ = self._mix(queries, keys, values, segments, subtract_largest=True)
@@ -125,7 +149,7 @@ class BlockAttention:
         return out.flatten(1), float(lowest), float(highest)
 
 
-class PlacedAttention:
+class PlacedAttention(SegmentAttention):
     """Blocks of `block_tokens` queries that begin at multiples of it in their own sequence, for deterministic rewards.
 
     A token's scores, weights and values are then row for row the same products of the same shapes, whatever else is
@@ -141,7 +165,7 @@ class PlacedAttention:
         self._later = _later(block_tokens, queries_per_key, dtype, device)
         self._mix = _mix_by_products if onednn_works(dtype, device.type) else _mix_by_sdpa
 
-    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, segments: Sequence[Segment]) -> Tensor:
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, segments: Sequence[Segment]) -> Tensor:
         groups, n_tokens, per_key, size = queries.shape
         out = queries.new_zeros(n_tokens, groups, per_key, size)
         for segment, own_keys, own_values in _segments(segments, keys, values):

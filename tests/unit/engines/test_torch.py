@@ -165,7 +165,7 @@ def test_attention_holds_for_scores_of_any_size(scale, dtype):
     found = {}
     for attend in (BlockAttention(dtype, 16, 3), SdpaAttention(16)):
         scaled = (queries.to(dtype).double() * attend.score_scale).float()
-        found[type(attend)] = attend(scaled.to(dtype), keys.to(dtype), values.to(dtype), segments).float()
+        found[type(attend)] = attend.over(segments)(*(part.to(dtype) for part in (scaled, keys, values))).float()
     assert found[BlockAttention].isfinite().all()
     # Scores rounded to bfloat16 before the exponential are off by up to 2^-9 of their size.
     bound = 1e-3 if dtype == torch.float32 else 0.15
