@@ -22,12 +22,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import typer
 from rich.console import Console
@@ -38,36 +36,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from make_corpus import Corpus
 
 from polar_ray.bench.provenance import provenance
-from polar_ray.config import LimitsConfig, ScoreConfig
+from polar_ray.bench.sleep import open_sleeping_scorer
+from polar_ray.config import ScoreConfig
 from polar_ray.corpus.job import score_parquet
-from polar_ray.encoding.encode import EncodedTriple, Encoder
-from polar_ray.encoding.tokenizer import PolarTokenizer
-from polar_ray.engines.fake import FakeEngine
-from polar_ray.model.locate import EMBEDDED_FOLDER
-from polar_ray.planning import Batch, Rewards
-from polar_ray.scoring import Scorer
+from polar_ray.encoding.encode import EncodedTriple
 from polar_ray.triples import Triple
-
-TOKEN_BUDGET = 32_768
-"""What an engine on a GPU takes by default."""
-
-
-@dataclass
-class Sleep(FakeEngine):
-    """As long as an engine of this speed would take, and nothing else."""
-
-    tokens_per_s: float
-
-    def __post_init__(self) -> None:
-        super().__init__(token_budget=TOKEN_BUDGET)
-
-    def score(self, batch: Batch) -> Rewards:
-        time.sleep(batch.computed_tokens / self.tokens_per_s)
-        return np.zeros(len(batch), dtype=np.float32)
-
-
-def open_scorer(_: ScoreConfig | None, *, tokens_per_s: float) -> Scorer:
-    return Scorer(Encoder(PolarTokenizer(EMBEDDED_FOLDER), LimitsConfig()), Sleep(tokens_per_s))
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -78,7 +51,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 def in_one_process(units: list[list[Triple]], tokens_per_s: float, rounds: int) -> dict[str, list[float]]:
     """Seconds of all units in each round, by method; the methods take turns."""
-    scorer = open_scorer(None, tokens_per_s=tokens_per_s)
+    scorer = open_sleeping_scorer(None, tokens_per_s=tokens_per_s)
     encoded = [[row for row in scorer.encode(unit) if isinstance(row, EncodedTriple)] for unit in units]
     planned = [scorer.plan(rows) for rows in encoded]
 
@@ -101,7 +74,7 @@ def in_one_process(units: list[list[Triple]], tokens_per_s: float, rounds: int) 
 def job_seconds(corpus: Path, output: Path, unit_rows: int, tokens_per_s: float) -> tuple[float, int]:
     """Of a job with one actor: from its first file to its last, and the rows that were scored meanwhile."""
     config = ScoreConfig.model_validate({"unit_rows": unit_rows, "actors": 1, "engine": {"kind": "fake", "threads": 1}})
-    score_parquet(corpus, output, config, build_scorer=partial(open_scorer, tokens_per_s=tokens_per_s))
+    score_parquet(corpus, output, config, build_scorer=partial(open_sleeping_scorer, tokens_per_s=tokens_per_s))
     files = sorted(output.glob("*.parquet"), key=lambda file: file.stat().st_mtime_ns)
     first, last = (files[place].stat().st_mtime_ns for place in (0, -1))
     return (last - first) / 1e9, sum(pq.read_metadata(file).num_rows for file in files[1:])

@@ -20,12 +20,21 @@ if TYPE_CHECKING:
 def plan(
     inputs: Annotated[list[str], typer.Argument(help="Parquet or JSONL: files, folders, globs, s3:// and other URLs.")],
     model: Model = None,
-    gpu: Annotated[str, typer.Option(help="a100, b200, h100, h20, h200, l4 or l40s.")] = "h200",
+    gpu: Annotated[
+        str,
+        typer.Option(
+            help="a100, b200, h100, h20, h200, l4 or l40s, by the data sheet; or here: the engine on this machine, "
+            "measured on some of the rows."
+        ),
+    ] = "h200",
     mfu: Annotated[
         float, typer.Option(help="Share of its dense bfloat16 peak that arithmetic will reach. Measure your own.")
     ] = 0.4,
     gpus: Annotated[
-        list[int] | None, typer.Option(min=1, help="How many at a time. Repeatable; left out, 1, 8 and 64.")
+        list[int] | None,
+        typer.Option(
+            min=1, help="How many at a time, or engines like the one here. Repeatable; left out, 1, 8 and 64."
+        ),
     ] = None,
     price: Annotated[float | None, typer.Option(min=0, help="Of one GPU for an hour, in any currency.")] = None,
     tensor_parallel_size: Annotated[int | None, typer.Option(min=1, help="GPUs of one engine.")] = None,
@@ -43,10 +52,12 @@ def plan(
     Reads some units whole, chosen at random, encodes them and plans their
     batches as a job would: tokens, what sharing saves, rows at fault. From
     the model's shape come operations, and GPU-hours at a stated share of the
-    peak. Of the model only config.json and the tokenizer are needed.
+    peak. Of the model only config.json and the tokenizer are needed; with
+    --gpu here the model is loaded, and its speed measured.
 
     [dim]polar-ray plan 's3://corpus/*.parquet' --model internlm/POLAR-7B --gpu h200[/]
     [dim]polar-ray plan triples.parquet --gpus 16 --price 2.5 --mfu 0.5[/]
+    [dim]polar-ray plan triples.parquet --gpu here --gpus 1[/]
     """
     settings = load_config(
         ScoreConfig,
@@ -68,7 +79,12 @@ def plan(
             done += 1
             status.update(f"encoding, {plural(done, 'unit')} done")
 
-        found = forecast(inputs, settings, gpu=gpu, mfu=mfu, units=units, seed=seed, on_unit=on_unit)
+        def on_measuring() -> None:
+            status.update("measuring the engine here")
+
+        found = forecast(
+            inputs, settings, gpu=gpu, mfu=mfu, units=units, seed=seed, on_unit=on_unit, on_measuring=on_measuring
+        )
     counts = gpus or [count for count in (1, 8, 64) if count >= found.gpus_per_engine]
     if as_json:
         typer.echo(json.dumps(found.model_dump() | {"hours_by_gpus": {count: found.hours(count) for count in counts}}))
@@ -95,16 +111,21 @@ def _facts(found: Forecast, price: float | None) -> Table:
     table.add_row("cut", f"{percent(found.cut_rows / found.sampled_rows)} of the rows, to fit the limits")
     table.add_row("operations", f"{_with_error(found.flops)} floating point")
     cost = "" if price is None else f", {found.gpu_hours * price:,.2f} at {price:g} an hour"
-    table.add_row("GPU-hours", f"{found.gpu_hours:,.3g} on {found.gpu} at {found.mfu:.0%} of its peak{cost}")
+    if found.mfu is None:
+        rate = f"at the {number(found.flops_per_s)} operations a second that it has reached here"
+        table.add_row("engine-hours", f"{found.gpu_hours:,.3g} {rate}{cost}")
+    else:
+        table.add_row("GPU-hours", f"{found.gpu_hours:,.3g} on {found.gpu} at {found.mfu:.0%} of its peak{cost}")
     table.add_row("CPU-hours", f"{found.encoding_cpu_hours:,.3g} for reading and encoding, measured on this machine")
     return table
 
 
 def _times(found: Forecast, counts: list[int]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    table.add_column(f"{found.gpu} GPUs", justify="right")
+    one, many = ("engine", "engines") if found.mfu is None else ("GPU", f"{found.gpu} GPUs")
+    table.add_column(many, justify="right")
     table.add_column("wall time", justify="right")
-    table.add_column("a GPU at work", justify="right")
+    table.add_column(f"one {one} at work", justify="right")
     for count in counts:
         hours = found.hours(count)
         at_work = found.gpu_hours / (hours * count) if hours else 1.0

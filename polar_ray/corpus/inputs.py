@@ -7,10 +7,12 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
@@ -54,6 +56,9 @@ class Slice:
     stop: int
     offset: int = 0
     end: int = 0
+    size: int = 0
+    """Bytes of the rows' fields before compression, of JSONL all of their lines: what there is to go by in comparing
+    slices that nobody has read. A dictionary in Parquet holds equal texts once, as sharing computes them once."""
 
     @property
     def rows(self) -> int:
@@ -110,10 +115,13 @@ def examine(
 
     def examine_one(file: InputFile) -> tuple[Slice, ...]:
         if file.format == "parquet":
-            schema, slices = _examine_parquet(file, unit_rows)
+            schema, slices = _examine_parquet(file, columns, unit_rows)
         else:
             scan = scans[file.url] = _scan_jsonl(file, unit_rows)
-            schema, slices = scan.schema, [Slice(b.start, b.stop, b.offset, b.end) for b in scan.blocks]
+            schema, slices = (
+                scan.schema,
+                [Slice(b.start, b.stop, b.offset, b.end, b.end - b.offset) for b in scan.blocks],
+            )
         if slices:
             check_schema(schema, columns, file.url, any_type=file.format == "jsonl")
             if will_write and isinstance(columns, ColumnsConfig):
@@ -242,15 +250,30 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
     return len(pattern) == 1 or any(_matches(parts[skip:], pattern[1:]) for skip in range(len(parts)))
 
 
-def _examine_parquet(file: InputFile, unit_rows: int) -> tuple[pa.Schema, list[Slice]]:
-    location = Location(file.url)
+def _examine_parquet(file: InputFile, columns: FieldColumns, unit_rows: int) -> tuple[pa.Schema, list[Slice]]:
+    location, names = Location(file.url), set(columns.fields.values())
     try:
         with location.filesystem.open_input_file(location.path) as stream:
             parquet = pq.ParquetFile(stream)
-            groups = [parquet.metadata.row_group(place).num_rows for place in range(parquet.metadata.num_row_groups)]
-            return parquet.schema_arrow, cut_rows(groups, unit_rows)
+            groups = [parquet.metadata.row_group(place) for place in range(parquet.metadata.num_row_groups)]
+            rows = [group.num_rows for group in groups]
+            sizes = [_size_of(group, names) for group in groups]
+            return parquet.schema_arrow, _with_sizes(cut_rows(rows, unit_rows), rows, sizes)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{file.url}: not a readable Parquet file ({error})") from None
+
+
+def _size_of(group: pq.RowGroupMetaData, names: set[str]) -> int:
+    """Bytes of these columns in a row group, with those inside of them."""
+    columns = (group.column(place) for place in range(group.num_columns))
+    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema.split(".")[0] in names)
+
+
+def _with_sizes(slices: Sequence[Slice], rows: Sequence[int], sizes: Sequence[int]) -> list[Slice]:
+    """Slices with their sizes, of which each row has as much as the others of its row group."""
+    edges = [[part.start, part.stop] for part in slices]
+    up_to = np.interp(edges, [0, *accumulate(rows)], [0, *accumulate(sizes)]) if edges else ()
+    return [replace(part, size=round(end - start)) for part, (start, end) in zip(slices, up_to, strict=True)]
 
 
 def _scan_jsonl(file: InputFile, unit_rows: int) -> jsonl.Scan:

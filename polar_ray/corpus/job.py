@@ -23,10 +23,10 @@ from polar_ray.corpus.manifest import (
     check_writable,
     discard_job,
     discard_leftovers,
-    finished_parts,
     load_manifest,
     make_manifest,
     save_manifest,
+    unfinished_units,
 )
 from polar_ray.corpus.progress import JobProgress, SilentProgress
 from polar_ray.corpus.report import ReportFacts, write_report
@@ -101,7 +101,7 @@ def score_parquet(
             job = _begin(place, files, config, progress, cluster, fresh=fresh)
         else:
             job = _resume(place, earlier, files, config, progress)
-        todo = _unfinished(job)
+        todo = unfinished_units(place, job.manifest)
         account = Account([unit.rows for unit in job.manifest.units])
         actors = 0
         if todo and resumed:  # a new job has needed the cluster already, to know its devices
@@ -188,11 +188,6 @@ def _refuse_to_guess(config: ScoreConfig) -> None:
             f"{' and '.join(left)}: the cluster has no worker node yet, so nothing to go by; say what it is to "
             "grow to, for example engine.device = cuda and actors = 8"
         )
-
-
-def _unfinished(job: Job) -> list[int]:
-    done = finished_parts(job.output)
-    return [unit.index for unit in job.manifest.units if job.manifest.part(unit.index) not in done]
 
 
 def _conclude(job: Job, names: list[str], started: float, todo: list[int], account: Account, actors: int) -> JobSummary:

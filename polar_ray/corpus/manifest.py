@@ -66,7 +66,7 @@ def describe_files(files: Sequence[InputFile], contents: Sequence[Contents]) -> 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Rows `start` to `stop` of one input file; `offset` and `end` are their bytes in a JSONL file.
+    """Rows `start` to `stop` of one input file; `offset`, `end` and `size` are their slice's.
 
     No pydantic model: there may be a million, in the memory of every actor, and each would take ten times as much.
     """
@@ -79,10 +79,11 @@ class Unit:
     stop: int
     offset: int = 0
     end: int = 0
+    size: int = 0
 
     @property
     def slice(self) -> Slice:
-        return Slice(self.start, self.stop, self.offset, self.end)
+        return Slice(self.start, self.stop, self.offset, self.end, self.size)
 
     @property
     def rows(self) -> int:
@@ -125,7 +126,15 @@ def units_of(contents: Sequence[Contents]) -> tuple[Unit, ...]:
     """The units of a job over files with these contents, in order."""
     slices = ((place, part) for place, found in enumerate(contents) for part in found.slices)
     return tuple(
-        Unit(index=index, file=place, start=part.start, stop=part.stop, offset=part.offset, end=part.end)
+        Unit(
+            index=index,
+            file=place,
+            start=part.start,
+            stop=part.stop,
+            offset=part.offset,
+            end=part.end,
+            size=part.size,
+        )
         for index, (place, part) in enumerate(slices)
     )
 
@@ -221,6 +230,13 @@ def finished_parts(output: Location) -> set[str]:
     """Paths, below `output`, of the units that are done."""
     root = output.path.rstrip("/")
     return {info.path.removeprefix(f"{root}/") for info in output.walk() if info.path.endswith(".parquet")}
+
+
+def unfinished_units(output: Location, manifest: Manifest) -> list[int]:
+    """The units that are left to do, the largest first, so that in the end nobody waits for one that began late."""
+    done = finished_parts(output)
+    left = (unit for unit in manifest.units if manifest.part(unit.index) not in done)
+    return [unit.index for unit in sorted(left, key=lambda unit: -unit.size)]
 
 
 def discard_job(output: Location) -> None:

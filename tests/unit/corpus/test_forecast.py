@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from polar_ray.cli.main import app
 from polar_ray.config import EngineConfig, LimitsConfig, ScoreConfig
-from polar_ray.corpus.forecast import PEAK_FLOPS, forecast
+from polar_ray.corpus.forecast import PEAK_FLOPS, forecast, makespan
+from polar_ray.corpus.inputs import examine, list_inputs
 from polar_ray.encoding.encode import Encoder
 from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.engines.fake import FakeEngine
@@ -128,16 +129,46 @@ def test_operations_are_counted_from_the_shape():
     assert flops_of_batches(SHAPE, [shared]) == (layers - 1) * (4 * per_token + 4 * pairs * hidden) + last
 
 
-def test_more_gpus_than_units_do_not_help(corpus):
+def test_the_time_is_that_of_the_largest_units_first(corpus):
     found = forecast(corpus, CONFIG, units=1000)
-    assert found.hours(2) == pytest.approx(found.gpu_hours * -(-found.units // 2) / found.units)
-    assert found.hours(found.units) == found.hours(10 * found.units) == pytest.approx(found.gpu_hours / found.units)
+    sizes = [
+        part.size
+        for contents in examine(list_inputs([str(corpus)]), CONFIG.columns, UNIT_ROWS)
+        for part in contents.slices
+    ]
+    assert found.hours(1) == pytest.approx(found.gpu_hours)
+    assert found.hours(len(sizes)) == found.hours(10 * len(sizes))
+    assert found.hours(len(sizes)) == pytest.approx(found.gpu_hours * max(sizes) / sum(sizes))
     two = CONFIG.model_copy(update={"engine": EngineConfig(tensor_parallel_size=2, token_budget=2000)})
     with pytest.raises(ConfigError, match="gpus = 1: an engine has 2"):
         forecast(corpus, two).hours(1)
 
 
-@pytest.mark.parametrize(("changes", "message"), [({"gpu": "tpu"}, "known are a100"), ({"mfu": 40}, "above 0 and at")])
+def test_the_last_is_ready_when_each_has_taken_the_next_piece():
+    assert makespan([3, 2, 2, 1], 2) == 4
+    assert makespan([1, 2, 2, 3], 2) == 5
+    assert makespan([4, 1], 9) == 4
+
+
+def test_the_engine_here_is_measured(corpus, taken):
+    usage, _ = taken
+    found = forecast(corpus, CONFIG, gpu="here", units=1000)
+    assert (found.gpu, found.mfu, found.gpus_per_engine) == ("here", None, 1)
+    assert found.gpu_hours == pytest.approx(found.flops.total / found.flops_per_s / 3600)
+    assert 1e8 < found.flops_per_s < 1e14
+    assert found.computed_tokens.total == usage.computed_tokens
+
+
+def test_one_batch_is_too_little_to_measure_by(tmp_path):
+    row = {"prompt": "1 + 1?", "reference": "2", "output": "2"}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match="measures more than one batch"):
+        forecast(tmp_path, CONFIG, gpu="here")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"gpu": "tpu"}, "known are a100, .* and here"), ({"mfu": 40}, "above 0 and at")]
+)
 def test_what_is_not_known_is_refused(corpus, changes, message):
     with pytest.raises(ConfigError, match=message):
         forecast(corpus, CONFIG, **changes)
@@ -153,3 +184,11 @@ def test_the_command_says_it_for_people_and_for_machines(corpus):
     assert machine["gpu"] == "a100"
     assert machine["gpu_hours"] == pytest.approx(machine["flops"]["total"] / (PEAK_FLOPS["a100"] * 0.4 * 3600))
     assert list(machine["hours_by_gpus"]) == ["4"]
+
+
+def test_the_command_measures_the_engine_here(corpus):
+    command = ["plan", str(corpus), "--set", f"unit_rows={UNIT_ROWS}", "--gpu", "here", "--gpus", "2"]
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "engine-hours" in done.output
+    assert "that it has reached here" in done.output

@@ -121,7 +121,7 @@ def test_files_of_a_url_are_found_again_by_the_url_they_get():
     for name in ("memory://in", "memory://in/*/*.jsonl", "memory://in/**"):
         (file,) = list_inputs([name])
         assert (file.url, file.partition) == ("memory://in/year=2024/a.jsonl", "year=2024")
-    assert examine([file], COLUMNS, 10)[0].slices == (Slice(0, 1, 0, len(LINE)),)
+    assert examine([file], COLUMNS, 10)[0].slices == (Slice(0, 1, 0, len(LINE), len(LINE)),)
     Location("memory://in").delete()
 
 
@@ -323,8 +323,29 @@ def test_contents_are_in_the_order_of_the_files_whichever_is_read_first(tmp_path
 def test_slices_follow_row_groups_where_these_are_small(tmp_path):
     write_corpus(tmp_path / "a.parquet", make_table(10), row_group_size=3)
     (contents,) = examine(list_inputs([str(tmp_path)]), COLUMNS, 7)
-    assert contents.slices == (Slice(0, 6), Slice(6, 10))
+    assert [(part.start, part.stop) for part in contents.slices] == [(0, 6), (6, 10)]
     assert pq.ParquetFile(tmp_path / "a.parquet").num_row_groups == 4
+
+
+@pytest.mark.parametrize("row_group_size", [100, 25, 400])
+def test_slices_are_known_by_the_size_of_their_fields(tmp_path, row_group_size):
+    texts = [chr(65 + n % 26) * (10 if n < 200 else 90) + str(n) for n in range(400)]
+    others = ["x" * 5000 + str(n) for n in range(400)]
+    rows = {"prompt": texts, "reference": texts[::-1], "output": texts, "other": others}
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet", row_group_size=row_group_size, use_dictionary=False)
+    (contents,) = examine(list_inputs([str(tmp_path)]), COLUMNS, 100)
+    sizes = [part.size for part in contents.slices]
+    assert [part.rows for part in contents.slices] == [100] * 4
+    assert sum(sizes) == pytest.approx(3 * sum(map(len, texts)), rel=0.2)
+    assert sum(sizes[2:]) == pytest.approx(sum(sizes[:2]) * (1 if row_group_size == 400 else 210 / 130), rel=0.1)
+
+
+def test_equal_texts_count_once_where_a_dictionary_holds_them(tmp_path):
+    for name, prompts in (("equal", ["What? " * 50] * 300), ("other", [f"What? {n} " * 40 for n in range(300)])):
+        table = pa.table({"prompt": prompts, "reference": ["a"] * 300, "output": ["b"] * 300})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    equal, other = (contents.slices[0].size for contents in examine(list_inputs([str(tmp_path)]), COLUMNS, 1000))
+    assert equal < other / 20
 
 
 @pytest.mark.parametrize(

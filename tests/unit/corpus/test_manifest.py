@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -22,6 +23,7 @@ from polar_ray.corpus.manifest import (
     load_manifest,
     manifest_location,
     save_manifest,
+    unfinished_units,
 )
 from polar_ray.corpus.storage import Location
 from polar_ray.errors import ManifestConflict, OutputError
@@ -251,6 +253,15 @@ def test_part_names_sort_in_input_order_however_many_there_are(receipt, n_units)
     names = [manifest.part(index) for index in sorted(places) if index < n_units]
     assert names == sorted(names)
     assert manifest.part(0).startswith("part-000000")
+
+
+def test_the_largest_units_are_done_first(output, job):
+    sizes = (5, 40, 40, 7, 1, 1, 90)
+    units = tuple(replace(unit, size=size) for unit, size in zip(job.units, sizes, strict=True))
+    sized = job.model_copy(update={"units": units})
+    assert unfinished_units(output, sized) == [6, 1, 2, 3, 0, 4, 5]
+    output.join(*sized.part(2).split("/")).write_atomically(b"rewards")
+    assert unfinished_units(output, sized) == [6, 1, 3, 0, 4, 5]
 
 
 def test_finished_parts_are_the_files_that_are_there(tmp_path, output, job):
