@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,11 +35,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from make_corpus import Corpus
 
 from polar_ray.bench.provenance import provenance
-from polar_ray.bench.sleep import open_sleeping_scorer
-from polar_ray.config import ScoreConfig
+from polar_ray.config import EngineConfig, ScoreConfig
 from polar_ray.corpus.job import score_parquet
 from polar_ray.encoding.encode import EncodedTriple
+from polar_ray.engines.build import DEFAULT_TOKEN_BUDGET
+from polar_ray.scoring import Scorer
 from polar_ray.triples import Triple
+
+
+def sleeping(tokens_per_s: float) -> EngineConfig:
+    """An engine that takes as long as one of this speed, with the budget that it would have on a GPU."""
+    speed: dict[str, bool | int | float | str] = {"tokens_per_s": tokens_per_s}
+    return EngineConfig(kind="fake", arguments=speed, token_budget=DEFAULT_TOKEN_BUDGET["cuda"], threads=1)
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -51,7 +57,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 def in_one_process(units: list[list[Triple]], tokens_per_s: float, rounds: int) -> dict[str, list[float]]:
     """Seconds of all units in each round, by method; the methods take turns."""
-    scorer = open_sleeping_scorer(None, tokens_per_s=tokens_per_s)
+    scorer = Scorer.open(engine=sleeping(tokens_per_s))
     encoded = [[row for row in scorer.encode(unit) if isinstance(row, EncodedTriple)] for unit in units]
     planned = [scorer.plan(rows) for rows in encoded]
 
@@ -73,8 +79,8 @@ def in_one_process(units: list[list[Triple]], tokens_per_s: float, rounds: int) 
 
 def job_seconds(corpus: Path, output: Path, unit_rows: int, tokens_per_s: float) -> tuple[float, int]:
     """Of a job with one actor: from its first file to its last, and the rows that were scored meanwhile."""
-    config = ScoreConfig.model_validate({"unit_rows": unit_rows, "actors": 1, "engine": {"kind": "fake", "threads": 1}})
-    score_parquet(corpus, output, config, build_scorer=partial(open_sleeping_scorer, tokens_per_s=tokens_per_s))
+    config = ScoreConfig(unit_rows=unit_rows, actors=1, engine=sleeping(tokens_per_s))
+    score_parquet(corpus, output, config)
     files = sorted(output.glob("*.parquet"), key=lambda file: file.stat().st_mtime_ns)
     first, last = (files[place].stat().st_mtime_ns for place in (0, -1))
     return (last - first) / 1e9, sum(pq.read_metadata(file).num_rows for file in files[1:])

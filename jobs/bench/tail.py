@@ -34,13 +34,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from make_corpus import Corpus
 
 from polar_ray.bench.provenance import provenance
-from polar_ray.bench.sleep import open_sleeping_scorer
-from polar_ray.config import ScoreConfig
+from polar_ray.config import EngineConfig, ScoreConfig
+from polar_ray.corpus.actor import open_scorer
 from polar_ray.corpus.forecast import makespan
 from polar_ray.corpus.job import score_parquet
 from polar_ray.corpus.manifest import load_manifest
 from polar_ray.corpus.storage import Location
 from polar_ray.corpus.units import read_written_report
+from polar_ray.scoring import Scorer
 
 LENGTH_SIGMA = 0.8
 """Of the logarithm of a unit's lengths: one unit in a hundred is six times the median."""
@@ -51,6 +52,12 @@ def write_corpus(folder: Path, units: int, unit_rows: int, seed: int) -> None:
     factors = np.random.default_rng(seed).lognormal(0.0, LENGTH_SIGMA, size=units)
     for number, factor in enumerate(factors.tolist()):
         Corpus(unit_rows, seed + number, fault_share=0.0, length=factor).write(folder / f"{number:04d}")
+
+
+def open_later(config: ScoreConfig, *, not_before: float) -> Scorer:
+    """The scorer of an actor, once the clock says so: then all of them begin together."""
+    time.sleep(max(0.0, not_before - time.time()))
+    return open_scorer(config)
 
 
 def main(
@@ -66,10 +73,10 @@ def main(
     with tempfile.TemporaryDirectory(prefix="tail-") as folder:
         corpus, scored = Path(folder, "in"), Path(folder, "out")
         write_corpus(corpus, units, unit_rows, seed)
-        config = ScoreConfig.model_validate({"unit_rows": unit_rows, "actors": actors, "engine": {"kind": "fake"}})
+        engine = EngineConfig(kind="fake", arguments={"tokens_per_s": tokens_per_second})
         begin = time.time() + start
-        build = partial(open_sleeping_scorer, tokens_per_s=tokens_per_second, not_before=begin)
-        score_parquet(corpus, scored, config, build_scorer=build)
+        config = ScoreConfig(unit_rows=unit_rows, actors=actors, engine=engine)
+        score_parquet(corpus, scored, config, build_scorer=partial(open_later, not_before=begin))
         finished = [file.stat().st_mtime for file in scored.glob("**/*.parquet")]
         place = Location(str(scored))
         manifest = load_manifest(place)

@@ -9,16 +9,30 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from typing import Literal
 
 import httpx
+import pyarrow as pa
 
 from polar_ray.bench.roads import Endpoint
 from polar_ray.errors import EngineProtocolError
 from polar_ray.scoring import Scorer
-from polar_ray.triples import Triple
-from polar_ray.wire import JSON_MEDIA_TYPE, REWARDS_PATH, read_error, triple_to_json
+from polar_ray.triples import TEXT_FIELDS, Triple
+from polar_ray.wire import (
+    ARROW_MEDIA_TYPE,
+    ARROW_REPLY_KEY,
+    JSON_MEDIA_TYPE,
+    REWARDS_PATH,
+    read_error,
+    triple_to_json,
+)
 
 REQUEST_TIMEOUT_S = 300.0
+
+
+Wire = Literal["json", "arrow"]
+
+MEDIA_TYPES: dict[Wire, str] = {"json": JSON_MEDIA_TYPE, "arrow": ARROW_MEDIA_TYPE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +42,7 @@ class Request:
     triples: Sequence[Triple]
     expected: list[float]
     body: bytes
+    media_type: str = JSON_MEDIA_TYPE
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +73,26 @@ class Sample:
     latencies_s: list[float] = field(default_factory=list)
 
 
-def make_requests(triples: Sequence[Triple], expected: Sequence[float], load: Load) -> Iterator[Request]:
+def make_requests(
+    triples: Sequence[Triple], expected: Sequence[float], load: Load, wire: Wire = "json"
+) -> Iterator[Request]:
     """Twice as many as there are callers, so that no two under way are alike."""
+    write = _as_arrow if wire == "arrow" else _as_json
     for start in range(0, 2 * load.callers * load.rows, load.rows):
         rows = triples[start : start + load.rows]
-        body = json.dumps({"triples": [triple_to_json(row) for row in rows]}).encode()
-        yield Request(rows, list(expected[start : start + load.rows]), body)
+        yield Request(rows, list(expected[start : start + load.rows]), write(rows), MEDIA_TYPES[wire])
+
+
+def _as_json(rows: Sequence[Triple]) -> bytes:
+    return json.dumps({"triples": [triple_to_json(row) for row in rows]}).encode()
+
+
+def _as_arrow(rows: Sequence[Triple]) -> bytes:
+    table = pa.table({field: [getattr(row, field) for row in rows] for field in TEXT_FIELDS})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
 
 
 def rewards_of(scorer: Scorer, triples: Sequence[Triple]) -> list[float]:
@@ -128,7 +157,9 @@ async def _call_together(
         async def call(client: httpx.AsyncClient) -> None:
             while True:
                 request, sent = next(upcoming), time.perf_counter()
-                reply = await client.post(REWARDS_PATH, content=request.body, headers={"content-type": JSON_MEDIA_TYPE})
+                reply = await client.post(
+                    REWARDS_PATH, content=request.body, headers={"content-type": request.media_type}
+                )
                 now = time.perf_counter()
                 sample.latencies_s.append(now - sent)
                 count_reply(sample, reply, request.expected, tolerance)
@@ -151,14 +182,24 @@ def count_reply(sample: Sample, reply: httpx.Response, expected: Sequence[float]
     """Add a reply to `sample`. Raises what the endpoint says, or `EngineProtocolError` for a wrong reward."""
     if not reply.is_success:
         raise read_error(reply.status_code, reply.content, reply.headers)
-    content = json.loads(reply.content)
-    found = [row["reward"] for row in content["rewards"]]
-    if len(found) != len(expected) or None in found:
-        raise EngineProtocolError(f"a reply of {len(found)} rows to {len(expected)}, or one without a reward")
+    rewards, usage = _read_reply(reply)
+    found = [reward for reward in rewards if reward is not None]
+    if len(found) != len(expected):
+        raise EngineProtocolError(f"a reply of {len(found)} rewards to {len(expected)} rows")
     difference = max(abs(reward - right) / max(1.0, abs(right)) for reward, right in zip(found, expected, strict=True))
     if not difference <= tolerance:
         raise EngineProtocolError(f"a reward is off the Scorer's by {difference:.2e}, and {tolerance:g} is allowed")
     sample.requests += 1
-    sample.tokens += content["usage"]["tokens"]
-    sample.computed_tokens += content["usage"]["computed_tokens"]
+    sample.tokens += usage["tokens"]
+    sample.computed_tokens += usage["computed_tokens"]
     sample.max_difference = max(sample.max_difference, difference)
+
+
+def _read_reply(reply: httpx.Response) -> tuple[list[float | None], dict[str, int]]:
+    """Rewards and usage, of either wire."""
+    if reply.headers["content-type"] != ARROW_MEDIA_TYPE:
+        content = json.loads(reply.content)
+        return [row["reward"] for row in content["rewards"]], content["usage"]
+    with pa.ipc.open_stream(reply.content) as stream:
+        table = stream.read_all()
+    return table["reward"].to_pylist(), json.loads(table.schema.metadata[ARROW_REPLY_KEY])["usage"]

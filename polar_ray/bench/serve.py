@@ -18,10 +18,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from polar_ray.bench.calls import Load, Sample, call_turn, make_requests, rewards_of, score_turn
+from polar_ray.bench.calls import Load, Sample, Wire, call_turn, make_requests, rewards_of, score_turn
 from polar_ray.bench.roads import ROADS, Endpoint
 from polar_ray.bench.workload import random_triples
 from polar_ray.config import QueueConfig, ServeConfig, load_config
+from polar_ray.engines.build import DEFAULT_TOKEN_BUDGET
 from polar_ray.errors import ConfigError, EngineStartError
 from polar_ray.scoring import Scorer
 from polar_ray.serving.service import freeze_heap
@@ -94,6 +95,9 @@ class Result:
     speed_over_proxy: float | None = None
     """None where the default proxy was left out."""
 
+    of_engine: float | None = None
+    """Computed tokens a second, as a part of those that the engine stands in for."""
+
 
 @dataclass
 class Comparison:
@@ -117,8 +121,12 @@ def within_reach(callers: Sequence[int], rows: Sequence[int], engine: str) -> li
     return loads
 
 
-def settings_for(engine: str, model: str, threads: int) -> ServeConfig:
-    """The endpoint that is measured; the Scorer beside it has the same engine. On a CPU, open to this machine."""
+def settings_for(engine: str, model: str, threads: int, tokens_per_s: float | None = None) -> ServeConfig:
+    """The endpoint that is measured; the Scorer beside it has the same engine. On a CPU, open to this machine.
+
+    With `tokens_per_s` the fake engine takes as long as one of that speed would on a GPU.
+    """
+    sleeps = engine == "fake" and tokens_per_s is not None
     return load_config(
         ServeConfig,
         model=model,
@@ -128,11 +136,20 @@ def settings_for(engine: str, model: str, threads: int) -> ServeConfig:
         engine__threads=threads,
         queue__max_queued_tokens=MOST_QUEUED_TOKENS,
         auth__mode="none",
+        engine__arguments={"tokens_per_s": tokens_per_s} if sleeps else None,
+        engine__token_budget=DEFAULT_TOKEN_BUDGET["cuda"] if sleeps else None,
     )
 
 
 def bench_serve(
-    config: ServeConfig, loads: Sequence[Load], roads: Sequence[str], *, rounds: int, seconds: float, seed: int = 0
+    config: ServeConfig,
+    loads: Sequence[Load],
+    roads: Sequence[str],
+    *,
+    rounds: int,
+    seconds: float,
+    wire: Wire = "json",
+    seed: int = 0,
 ) -> Comparison:
     """Every road under every load, `rounds` times for `seconds` each, the Scorer among them.
 
@@ -152,7 +169,7 @@ def bench_serve(
         freeze_heap()  # the callers' pauses are none of the road's
         results = []
         for load in loads:
-            requests = list(make_requests(triples, expected, load))
+            requests = list(make_requests(triples, expected, load, wire))
             samples: dict[str, list[Sample]] = {road: [] for road in (SCORER, *endpoints)}
             for turn in range(rounds):
                 for road in _in_turn(list(samples), turn):
@@ -164,6 +181,9 @@ def bench_serve(
                         )
                     samples[road].append(sample)
             results += compare({road: summarise(road, load, taken) for road, taken in samples.items()})
+        for result in results:
+            if (speed := config.engine.arguments.get("tokens_per_s")) is not None:
+                result.of_engine = result.computed_tokens_per_row * result.rows_per_s / float(speed)
     return Comparison(kind, results, idle, left_out)
 
 

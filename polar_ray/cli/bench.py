@@ -146,6 +146,11 @@ def serve(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each road under each load.")] = 3,
     seconds: Annotated[float, typer.Option("--seconds-per-load", min=0.01, help="Of one turn, at least.")] = 1.0,
+    wire: Annotated[Literal["json", "arrow"], typer.Option(help="What bodies and replies are written in.")] = "json",
+    tokens_per_s: Annotated[
+        float | None,
+        typer.Option(help="Have the fake engine take as long as one of this speed would, to see what is left of it."),
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of an engine, on every road.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the words.")] = 0,
     output: Results = None,
@@ -156,6 +161,7 @@ def serve(
     each other, lets them take turns, and holds every reward to the Scorer's.
 
     [dim]polar-ray bench serve --engine fake --callers 8 --rows 64[/]
+    [dim]polar-ray bench serve --engine fake --tokens-per-s 100000 --wire arrow[/]
     """
     from polar_ray.bench.roads import ROADS
     from polar_ray.bench.serve import METHOD, ROWS_IN_FLIGHT, bench_serve, settings_for, within_reach
@@ -167,8 +173,8 @@ def serve(
     loads = [within_reach(callers, rows, kind) for kind in engines]
     busy_before, results = os.getloadavg(), []
     for kind, some in zip(engines, loads, strict=True):
-        settings = settings_for(kind, model, threads)
-        compared = bench_serve(settings, some, roads, rounds=rounds, seconds=seconds, seed=seed)
+        settings = settings_for(kind, model, threads, tokens_per_s)
+        compared = bench_serve(settings, some, roads, rounds=rounds, seconds=seconds, wire=wire, seed=seed)
         _show_comparison(compared)
         results.append(asdict(compared))
     Console().print(SERVE_LEGEND, style="dim", highlight=False)
@@ -178,9 +184,11 @@ def serve(
         name = model if model == EMBEDDED_MODEL else Path(model).name
         words = ["polar-ray bench serve", *_repeated("engine", engines), f"--model {name}", *_repeated("road", roads)]
         words += [*_repeated("callers", callers), *_repeated("rows", rows)]
-        words += [f"--rounds {rounds} --seconds-per-load {seconds:g} --threads {threads} --seed {seed}"]
+        words += [f"--rounds {rounds} --seconds-per-load {seconds:g} --wire {wire} --threads {threads} --seed {seed}"]
+        words += [] if tokens_per_s is None else [f"--tokens-per-s {tokens_per_s:g}"]
         measured = {
-            "model": name, "rounds": rounds, "seconds_per_load": seconds, "threads": threads, "seed": seed
+            "model": name, "rounds": rounds, "seconds_per_load": seconds, "wire": wire, "tokens_per_s": tokens_per_s,
+            "threads": threads, "seed": seed,
         }  # fmt: skip
         content = {
             "command": " ".join(words),
@@ -299,12 +307,13 @@ def _prefixes(row: EngineResult) -> str:
 
 
 SERVE_COLUMNS = (
-    "req/s", "rows/s", "x proxy", "p50 ms", "p99 ms", "wall", "CPU us", "+ us", "+ ms", "+", "tokens",
+    "req/s", "rows/s", "of engine", "x proxy", "p50 ms", "p99 ms", "wall", "CPU us", "+ us", "+ ms", "+", "tokens",
 )  # fmt: skip
 
 SERVE_LEGEND = (
-    "wall: time beyond the Scorer's. CPU us, tokens: of a row. + us, + ms, +: CPU time beyond the Scorer's, for a row, "
-    "for a request, and as a part of it; what a cluster takes at rest is left out."
+    "of engine: of the tokens a second that are slept for. wall: time beyond the Scorer's. CPU us, tokens: of a row. "
+    "+ us, + ms, +: CPU time beyond the Scorer's, for a row, for a request, and as a part of it; what a cluster takes "
+    "at rest is left out."
 )
 
 
@@ -313,7 +322,8 @@ def _serve_table(compared: Comparison) -> Table:
     for name in ("callers", "rows"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("road", no_wrap=True)
-    for name in SERVE_COLUMNS:
+    names = [name for name in SERVE_COLUMNS if name != "of engine" or compared.results[0].of_engine is not None]
+    for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     load = None
     for row in compared.results:
@@ -321,7 +331,7 @@ def _serve_table(compared: Comparison) -> Table:
         if is_next and load is not None:
             table.add_section()
         load = (row.callers, row.rows_per_request)
-        table.add_row(*_load_cells(row, is_next), *_road_cells(row))
+        table.add_row(*_load_cells(row, is_next), *_road_cells(row, names))
     return table
 
 
@@ -329,8 +339,8 @@ def _load_cells(row: Result, is_first: bool) -> list[str]:
     return [str(row.callers), str(row.rows_per_request)] if is_first else ["", ""]
 
 
-def _road_cells(row: Result) -> list[str]:
-    """The road's name and a cell for each of `SERVE_COLUMNS`."""
+def _road_cells(row: Result, names: Sequence[str]) -> list[str]:
+    """The road's name and a cell for each of `names`, which are some of `SERVE_COLUMNS`."""
     from polar_ray.bench.serve import SCORER
 
     cells = {
@@ -341,6 +351,8 @@ def _road_cells(row: Result) -> list[str]:
         "CPU us": f"{row.road_cpu_us_per_row:,.0f}",
         "tokens": f"{row.computed_tokens_per_row:.0f}",
     }
+    if row.of_engine is not None:
+        cells["of engine"] = f"{row.of_engine:.1%}"
     if row.speed_over_proxy is not None:
         cells["x proxy"] = f"{row.speed_over_proxy:.2f}"
     if row.road != SCORER:
@@ -350,4 +362,4 @@ def _road_cells(row: Result) -> list[str]:
             "+ ms": f"{row.cpu_overhead_ms_per_request:,.1f}",
             "+": f"{row.cpu_overhead_percent:,.0f}%",
         }
-    return [row.road, *(cells.get(name, "") for name in SERVE_COLUMNS)]
+    return [row.road, *(cells.get(name, "") for name in names)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -101,7 +102,8 @@ class EngineConfig(Settings):
 
     arguments: dict[str, bool | int | float | str] = Field(default_factory=dict)
     """Of `vllm`, `sglang` and `lmdeploy`: more of the engine's own arguments, by its names for them in Python
-    (`gpu_memory_utilization = 0.8`). They are part of the receipt."""
+    (`gpu_memory_utilization = 0.8`). They are part of the receipt. Of `fake`: `tokens_per_s`, the speed of the engine
+    that it stands in for, by sleeping."""
 
     start_timeout_s: float = Field(900, gt=0)
     """Of a server or ranks of the actor's own: how long they may take to load the model and answer."""
@@ -123,7 +125,9 @@ class EngineConfig(Settings):
             raise ValueError("engine.expect_receipt is for engine.kind = serve")
         if self.address is not None and not (others or self.kind == "serve"):
             raise ValueError(f"engine.address is for engine.kind = serve, {', '.join(OTHER_ENGINES)}")
-        for name in ("python", "arguments", "max_tokens"):
+        if self.kind == "fake" and self.arguments:
+            self._stands_in_for_a_speed()
+        for name in ("python", "max_tokens", *(() if self.kind == "fake" else ("arguments",))):
             if getattr(self, name) and not others:
                 raise ValueError(f"engine.{name} is for engine.kind = {', '.join(OTHER_ENGINES)}")
         if self.address is not None and (self.python or self.arguments):
@@ -135,6 +139,14 @@ class EngineConfig(Settings):
             token = "POLAR_RAY_ENGINE_TOKEN" if others else "POLAR_RAY_TOKEN"
             raise ValueError(f"engine.address: has a name or a token in it; put the token into {token}")
         return self
+
+    def _stands_in_for_a_speed(self) -> None:
+        unknown = sorted(set(self.arguments) - {"tokens_per_s"})
+        speed = self.arguments.get("tokens_per_s")
+        if unknown:
+            raise ValueError(f"engine.arguments.{unknown[0]}: engine.kind = fake has tokens_per_s and no other")
+        if not isinstance(speed, int | float) or isinstance(speed, bool) or not 0 < speed < math.inf:
+            raise ValueError(f"engine.arguments.tokens_per_s: expected a positive number, found {speed!r}")
 
     @property
     def is_elsewhere(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from pathlib import Path
 
@@ -40,7 +41,8 @@ class FakeEngine:
 
 def start(_: Path, engine: EngineConfig) -> FakeEngine:
     """The engine that `engine` names; it loads nothing."""
-    return FakeEngine(token_budget=engine.token_budget or 4096)
+    speed = float(engine.arguments.get("tokens_per_s", math.inf))
+    return FakeEngine(token_budget=engine.token_budget or 4096, seconds_per_token=1 / speed)
 
 
 def engine_version(_: EngineConfig) -> str:

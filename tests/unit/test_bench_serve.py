@@ -58,6 +58,21 @@ def test_every_figure_stands_below_its_name(measured):
     }
 
 
+@pytest.mark.parametrize("wire", ["json", "arrow"])
+def test_of_an_engine_that_sleeps_it_is_told_what_is_left(tmp_path, wire):
+    file = tmp_path / "serve.json"
+    load = f"--callers 2 --rows 8 --rounds 1 --seconds-per-load 0.5 --wire {wire} --tokens-per-s 20000"
+    arguments = ["serve", "--engine", "fake", "--road", "bare", *load.split(), "--output", str(file)]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False, env={"COLUMNS": "120"})
+    assert done.exit_code == 0
+    assert "of engine" in done.output
+    content = json.loads(file.read_text())
+    assert f"--wire {wire} --threads 1 --seed 0 --tokens-per-s 20000" in content["command"]
+    for row in content["results"][0]["results"]:
+        assert 0.05 < row["of_engine"] < 1.02
+        assert row["of_engine"] == row["computed_tokens_per_row"] * row["rows_per_s"] / 20000
+
+
 def test_rates_and_work_follow_from_the_rounds(measured):
     scorer, bare = measured[1]["results"][0]["results"]
     for row in (scorer, bare):

@@ -6,7 +6,7 @@ import pytest
 from pydantic import BaseModel
 
 from polar_ray import config
-from polar_ray.config import ScoreConfig, ServeConfig, TrainConfig, config_from_arguments, load_config
+from polar_ray.config import EngineConfig, ScoreConfig, ServeConfig, TrainConfig, config_from_arguments, load_config
 from polar_ray.errors import ConfigError
 
 JOBS = sorted((Path(__file__).parents[2] / "jobs").rglob("*.toml"))
@@ -137,3 +137,17 @@ def test_arguments_of_serve_run_may_be_dotted_and_those_of_a_config_file_nested(
     assert dotted == nested
     with pytest.raises(ConfigError, match=r"unknown setting 'engine\.knid'; known here: kind"):
         config_from_arguments(ServeConfig, {"engine.knid": "fake"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tokens_per_s": 0}, "tokens_per_s: expected a positive number, found 0"),
+        ({"tokens_per_s": "fast"}, "tokens_per_s: expected a positive number, found 'fast'"),
+        ({"tokens_per_s": 1e5, "speed": 1}, "arguments.speed: engine.kind = fake has tokens_per_s and no other"),
+    ],
+)
+def test_the_fake_engine_stands_in_for_a_speed_and_nothing_else(arguments, message):
+    assert EngineConfig(kind="fake", arguments={"tokens_per_s": 1e5}).arguments == {"tokens_per_s": 1e5}
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(kind="fake", arguments=arguments)
