@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -53,6 +56,8 @@ LONGEST_WAIT_SECONDS = 2.0
 REPORTS = pa.schema({"unit": pa.int64(), "report": pa.string(), "node": pa.string()})
 """What an actor gives back: units, their reports as JSON, and the address of its node."""
 
+UnitRows = tuple[pa.Table, list[Triple | TripleError]]
+
 BuildScorer = Callable[[ScoreConfig], Scorer]
 
 
@@ -79,7 +84,11 @@ class ActorTask:
 
 
 class ScoringActor:
-    """One engine, fed by Ray Data with units. Every failure that ends it is told to the tracker first, typed."""
+    """One engine, fed by Ray Data with units. Every failure that ends it is told to the tracker first, typed.
+
+    While the engine computes a unit, the next one of the same task is read and the one before is written. Not while a
+    unit is looked into on which a process has died, which nothing else must then explain.
+    """
 
     def __init__(self, task: ActorTask, tracker: Tracker) -> None:
         self._task = task
@@ -96,6 +105,9 @@ class ScoringActor:
                 self._check_node(manifest)
                 self._scorer = task.build_scorer(task.config)
             self._tracing = Tracing.from_environment()
+            self._reader, self._writer = ThreadPoolExecutor(1, "read"), ThreadPoolExecutor(1, "write")
+            self._read_ahead: dict[int, Future[UnitRows]] = {}
+            self._writing: Future[None] | None = None
         except ProcessCrashed:  # one of the engine's own: as if it was this one, which is started again some times
             os._exit(1)
         except Exception as error:  # whatever it is, the driver is told what, without a remote traceback
@@ -105,13 +117,18 @@ class ScoringActor:
         ray.get(tracker.started.remote())
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Lists of unit indices in, in a column `units`; `REPORTS` out, a row for each unit."""
-        done = [row for units in batch.column("units").to_pylist() for unit in units for row in self._do(unit)]
+        """Lists of unit indices in, in a column `units`; `REPORTS` out, a row for each unit, their files written."""
+        done: list[dict[str, Any]] = []
+        for units in batch.column("units").to_pylist():
+            for unit, following in zip(units, [*units[1:], None], strict=True):
+                done += self._do(unit, following)
+        self._wait_until_written()
+        self._tracing.flush()  # Ray ends an actor that has no unit left without asking
         return pa.Table.from_pylist(done, REPORTS)
 
-    def _do(self, unit: int) -> Iterator[dict[str, Any]]:
+    def _do(self, unit: int, following: int | None) -> Iterator[dict[str, Any]]:
         if unit != BACK_UP:
-            yield self._told(unit, MAIN)
+            yield self._told(unit, MAIN, following)
             return
         who = ray.get_runtime_context().get_actor_id()
         wait_s = FIRST_WAIT_SECONDS
@@ -121,10 +138,11 @@ class ScoringActor:
                 wait_s = min(2 * wait_s, LONGEST_WAIT_SECONDS)
             else:
                 yield self._told(found, who)
+                self._wait_until_written()  # who asks the tracker for more has nothing under way
 
-    def _told(self, unit: int, who: str) -> dict[str, Any]:
-        """A unit's row of `REPORTS`, the unit done."""
-        return {"unit": unit, "report": self._do_unit(unit, who).model_dump_json(), "node": self._node}
+    def _told(self, unit: int, who: str, following: int | None = None) -> dict[str, Any]:
+        """A unit's row of `REPORTS`, the unit scored and its file as good as written."""
+        return {"unit": unit, "report": self._do_unit(unit, who, following).model_dump_json(), "node": self._node}
 
     def _check_node(self, manifest: Manifest) -> None:
         """Weights of the same name can differ from node to node; one actor of each compares, the others wait for it."""
@@ -144,13 +162,13 @@ class ScoringActor:
             )
         ray.get(self._tracker.pass_check.remote(node))
 
-    def _do_unit(self, index: int, who: str) -> UnitReport:
-        """Score a unit and write its file, unless that is done already. `who` does it: see `tracker.MAIN`."""
+    def _do_unit(self, index: int, who: str, following: int | None) -> UnitReport:
+        """Score a unit and have its file written, unless that is done already. `who` does it: see `tracker.MAIN`."""
         try:
             committed = read_report(self._task.output, self._manifest, index)
             if committed is None:
                 with self._tracing.span("unit", unit=index, job_id=self._manifest.job_id):
-                    return self._score_unit(index, who)
+                    return self._score_unit(index, who, following)
             self._tell_finished(index, who, committed)  # by another actor, or by this task's first try
         except _DoneElsewhere:
             return read_written_report(self._task.output, self._manifest, index)
@@ -159,11 +177,9 @@ class ScoringActor:
         except PolarRayError as error:
             ray.get(self._tracker.fail.remote(error))
             raise
-        finally:
-            self._tracing.flush()  # Ray ends an actor that has no unit left without asking
         return committed
 
-    def _score_unit(self, index: int, who: str) -> UnitReport:
+    def _score_unit(self, index: int, who: str, following: int | None) -> UnitReport:
         started = time.perf_counter()
         assignment: Assignment = ray.get(self._tracker.begin.remote(index, self._manifest.units[index].rows, who))
         if assignment.other_deaths > MOST_OTHER_DEATHS:
@@ -176,16 +192,38 @@ class ScoringActor:
                 f"more than {MOST_QUARANTINED_ROWS} rows of {self._manifest.describe(index)} killed their process; "
                 "that is not the rows: look for a lack of memory, or lower engine.token_budget"
             )
-        table, triples = self._tracing.traced("read", read_unit, self._manifest, index)
+        if assignment.deaths:
+            self._wait_until_written()
+        read = self._read_ahead.pop(index, None)
+        table, triples = self._tracing.traced(
+            "read", read.result if read else partial(read_unit, self._manifest, index)
+        )
+        if following is not None and not assignment.deaths:
+            self._read_ahead = {following: self._reader.submit(read_unit, self._manifest, following)}
         before = self._scorer.usage.copy()
         scored = self._tracing.traced("score", self._score_ranges, index, who, triples, assignment)
         _obey(ray.get(self._tracker.scored.remote(index, who)))
         self._check_engine(index, who, triples, scored)
         usage = self._scorer.usage - before
         report = report_unit(triples, scored, usage, time.perf_counter() - started)
-        self._tracing.traced("write", write_unit, self._task.output, self._manifest, index, table, scored, report)
-        self._tell_finished(index, who, report)
+        self._wait_until_written()
+        commit = partial(copy_context().run, self._commit, index, who, table, scored, report)
+        self._writing = self._writer.submit(commit)
         return report
+
+    def _commit(self, index: int, who: str, table: pa.Table, scored: list[Scored], report: UnitReport) -> None:
+        try:
+            self._tracing.traced("write", write_unit, self._task.output, self._manifest, index, table, scored, report)
+        except PolarRayError as error:
+            ray.get(self._tracker.fail.remote(error))
+            raise
+        self._tell_finished(index, who, report)
+
+    def _wait_until_written(self) -> None:
+        """Raises what the writing of the last unit has raised."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def _tell_finished(self, index: int, who: str, report: UnitReport) -> None:
         ray.get(self._tracker.finish.remote(index, report.rows, report.tokens, report.computed_tokens, who))

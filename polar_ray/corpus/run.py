@@ -35,6 +35,9 @@ CPUS_PER_ENGINE = 8
 MOST_TASKS = 4096
 """Ray Data keeps state for every task; beyond this many units a task is to do several."""
 
+UNITS_OF_A_TASK, TASKS_OF_AN_ACTOR = 4, 8
+"""At most and at least: within a task an actor reads and writes beside its engine, but tells of it at the end only."""
+
 POLL_SECONDS = 0.25
 
 GRACE_SECONDS = 5.0
@@ -132,7 +135,7 @@ def _dataset(todo: list[int], task: ActorTask, tracker: Any, pool: Pool) -> ray.
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = -1  # off: a unit may rightly take hours, and the job watches by itself
-    size = math.ceil(len(todo) / MOST_TASKS)
+    size = max(math.ceil(len(todo) / MOST_TASKS), min(UNITS_OF_A_TASK, len(todo) // (TASKS_OF_AN_ACTOR * pool.most)), 1)
     tasks = [todo[start : start + size] for start in range(0, len(todo), size)]
     tasks += [[BACK_UP]] * (pool.most if pool.most > 1 else 0)
     items = ray.data.from_items([{"units": task} for task in tasks], override_num_blocks=len(tasks))

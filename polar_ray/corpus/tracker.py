@@ -67,12 +67,14 @@ class Rows(NamedTuple):
 class Assignment:
     """How an actor is to go through a unit: these ranges in order, leaving out the quarantined rows.
 
-    `other_deaths` counts processes that died on the unit while they were not scoring: reading it, or writing it.
+    `deaths` counts processes that died on the unit, `other_deaths` those of them that were not scoring: reading it, or
+    writing it.
     """
 
     ranges: tuple[Rows, ...]
     quarantined: frozenset[int]
     other_deaths: int = 0
+    deaths: int = 0
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,8 @@ class JobTracker:
         state = self._units.setdefault(unit, _UnitState(rows, [Rows(0, rows)]))
         self._end_attempt(state, who)
         state.attempts[who] = _Attempt(time.monotonic())
-        return Assignment(tuple(state.ranges), frozenset(state.quarantined), state.other_deaths)
+        deaths = sum(state.deaths.values()) + state.other_deaths
+        return Assignment(tuple(state.ranges), frozenset(state.quarantined), state.other_deaths, deaths)
 
     def mark(self, unit: int, rows: Rows, who: str = MAIN) -> None:
         """These rows are about to go into the engine."""

@@ -96,6 +96,16 @@ def test_deaths_that_no_row_is_to_blame_for_quarantine_none(rows, data):
     assert assignment.quarantined == poison
 
 
+def test_every_death_is_told_to_whoever_tries_next():
+    tracker = JobTracker()
+    tracker.begin(UNIT, 4)
+    tracker.begin(UNIT, 4)
+    tracker.mark(UNIT, Rows(0, 4))
+    second, third = tracker.begin(UNIT, 4), tracker.begin(UNIT + 1, 4)
+    assert (second.deaths, second.other_deaths, second.ranges) == (2, 1, (Rows(0, 4),))
+    assert third.deaths == 0
+
+
 def test_one_death_changes_nothing():
     tracker = JobTracker()
     tracker.begin(UNIT, 100)
