@@ -5,10 +5,10 @@
 Needs this source tree, torch, transformers, pydantic and typer: no Ray, no checkpoint and no tokenizer. Weights are
 random, in the shapes of POLAR-1.8B and POLAR-7B. Compared are padded batches on transformers (SDPA), and the torch
 engine with each sequence whole (`unshared`) and with common prefixes once (`shared`), its steps between the products
-as torch's own kernels (`eager`) and compiled (`compiled`).
+as torch's own kernels (`eager`), compiled (`compiled`), and compiled around float8 products (`fp8`).
 
-All of it is planned to take under 8 minutes on an H200: at half of the rate of bare products a round of all methods is
-8 s for 1.8B and 40 s for 7B, and there are four of each, the first to warm up; compiling, drawing weights and the
+All of it is planned to take under 9 minutes on an H200: at half of the rate of bare products a round of all methods is
+10 s for 1.8B and 48 s for 7B, and there are four of each, the first to warm up; compiling, drawing weights and the
 float32 rewards that errors are counted from are two minutes more. `--shape` and `--workload` run a part, `--rounds 1`
 is quick, and the file is written after each shape. On a CPU
 

@@ -58,6 +58,9 @@ REPORTS = pa.schema({"unit": pa.int64(), "report": pa.string(), "node": pa.strin
 
 UnitRows = tuple[pa.Table, list[Triple | TripleError]]
 
+Done = Callable[[], UnitReport]
+"""Gives a unit's report once its file is written, or raises what that has raised."""
+
 BuildScorer = Callable[[ScoreConfig], Scorer]
 
 
@@ -107,7 +110,7 @@ class ScoringActor:
             self._tracing = Tracing.from_environment()
             self._reader, self._writer = ThreadPoolExecutor(1, "read"), ThreadPoolExecutor(1, "write")
             self._read_ahead: dict[int, Future[UnitRows]] = {}
-            self._writing: Future[None] | None = None
+            self._writing: Future[UnitReport] | None = None
         except ProcessCrashed:  # one of the engine's own: as if it was this one, which is started again some times
             os._exit(1)
         except Exception as error:  # whatever it is, the driver is told what, without a remote traceback
@@ -118,17 +121,17 @@ class ScoringActor:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Lists of unit indices in, in a column `units`; `REPORTS` out, a row for each unit, their files written."""
-        done: list[dict[str, Any]] = []
+        done: list[tuple[int, Done]] = []
         for units in batch.column("units").to_pylist():
             for unit, following in zip(units, [*units[1:], None], strict=True):
                 done += self._do(unit, following)
-        self._wait_until_written()
+        told = [{"unit": unit, "report": report().model_dump_json(), "node": self._node} for unit, report in done]
         self._tracing.flush()  # Ray ends an actor that has no unit left without asking
-        return pa.Table.from_pylist(done, REPORTS)
+        return pa.Table.from_pylist(told, REPORTS)
 
-    def _do(self, unit: int, following: int | None) -> Iterator[dict[str, Any]]:
+    def _do(self, unit: int, following: int | None) -> Iterator[tuple[int, Done]]:
         if unit != BACK_UP:
-            yield self._told(unit, MAIN, following)
+            yield unit, self._do_unit(unit, MAIN, following)
             return
         who = ray.get_runtime_context().get_actor_id()
         wait_s = FIRST_WAIT_SECONDS
@@ -137,12 +140,8 @@ class ScoringActor:
                 time.sleep(wait_s)
                 wait_s = min(2 * wait_s, LONGEST_WAIT_SECONDS)
             else:
-                yield self._told(found, who)
+                yield found, self._do_unit(found, who, None)
                 self._wait_until_written()  # who asks the tracker for more has nothing under way
-
-    def _told(self, unit: int, who: str, following: int | None = None) -> dict[str, Any]:
-        """A unit's row of `REPORTS`, the unit scored and its file as good as written."""
-        return {"unit": unit, "report": self._do_unit(unit, who, following).model_dump_json(), "node": self._node}
 
     def _check_node(self, manifest: Manifest) -> None:
         """Weights of the same name can differ from node to node; one actor of each compares, the others wait for it."""
@@ -162,7 +161,7 @@ class ScoringActor:
             )
         ray.get(self._tracker.pass_check.remote(node))
 
-    def _do_unit(self, index: int, who: str, following: int | None) -> UnitReport:
+    def _do_unit(self, index: int, who: str, following: int | None) -> Done:
         """Score a unit and have its file written, unless that is done already. `who` does it: see `tracker.MAIN`."""
         try:
             committed = read_report(self._task.output, self._manifest, index)
@@ -171,15 +170,15 @@ class ScoringActor:
                     return self._score_unit(index, who, following)
             self._tell_finished(index, who, committed)  # by another actor, or by this task's first try
         except _DoneElsewhere:
-            return read_written_report(self._task.output, self._manifest, index)
+            return partial(read_written_report, self._task.output, self._manifest, index)
         except ProcessCrashed:  # a process of the engine's: as if it was this one, so that the rows are looked into
             os._exit(1)
         except PolarRayError as error:
             ray.get(self._tracker.fail.remote(error))
             raise
-        return committed
+        return lambda: committed
 
-    def _score_unit(self, index: int, who: str, following: int | None) -> UnitReport:
+    def _score_unit(self, index: int, who: str, following: int | None) -> Done:
         started = time.perf_counter()
         assignment: Assignment = ray.get(self._tracker.begin.remote(index, self._manifest.units[index].rows, who))
         if assignment.other_deaths > MOST_OTHER_DEATHS:
@@ -204,20 +203,30 @@ class ScoringActor:
         scored = self._tracing.traced("score", self._score_ranges, index, who, triples, assignment)
         _obey(ray.get(self._tracker.scored.remote(index, who)))
         self._check_engine(index, who, triples, scored)
-        usage = self._scorer.usage - before
-        report = report_unit(triples, scored, usage, time.perf_counter() - started)
+        usage, seconds = self._scorer.usage - before, time.perf_counter() - started
         self._wait_until_written()
-        commit = partial(copy_context().run, self._commit, index, who, table, scored, report)
-        self._writing = self._writer.submit(commit)
-        return report
+        commit = partial(self._commit, index, who, table, triples, scored, usage, seconds)
+        self._writing = self._writer.submit(copy_context().run, commit)
+        return self._writing.result
 
-    def _commit(self, index: int, who: str, table: pa.Table, scored: list[Scored], report: UnitReport) -> None:
+    def _commit(
+        self,
+        index: int,
+        who: str,
+        table: pa.Table,
+        triples: list[Triple | TripleError],
+        scored: list[Scored],
+        usage: Usage,
+        seconds: float,
+    ) -> UnitReport:
+        report = report_unit(triples, scored, usage, seconds)
         try:
             self._tracing.traced("write", write_unit, self._task.output, self._manifest, index, table, scored, report)
         except PolarRayError as error:
             ray.get(self._tracker.fail.remote(error))
             raise
         self._tell_finished(index, who, report)
+        return report
 
     def _wait_until_written(self) -> None:
         """Raises what the writing of the last unit has raised."""
@@ -272,7 +281,8 @@ def _obey(verdict: Verdict) -> None:
 
 
 class _Progress:
-    """Tells the tracker what was scored since it was last told, and learns whether to go on."""
+    """Tells the tracker what was scored since it was last told, and learns a batch later whether to go on: the engine
+    does not wait for the answer."""
 
     def __init__(self, tracker: Tracker, unit: int, who: str, scorer: Scorer) -> None:
         self._tracker = tracker
@@ -280,12 +290,17 @@ class _Progress:
         self._who = who
         self._scorer = scorer
         self._told = scorer.usage.copy()
+        self._answer: Any = None
 
     def on_batch(self) -> None:
         usage: Usage = self._scorer.usage - self._told
         self._told = self._scorer.usage.copy()
-        told = self._tracker.progress.remote(self._unit, usage.rows, usage.tokens, usage.computed_tokens, self._who)
-        _obey(ray.get(told))
+        before = self._answer
+        self._answer = self._tracker.progress.remote(
+            self._unit, usage.rows, usage.tokens, usage.computed_tokens, self._who
+        )
+        if before is not None:
+            _obey(ray.get(before))
 
 
 def _crashed() -> Scored:
