@@ -44,7 +44,12 @@ def test_a_scrape_of_ray_has_the_numbers_of_the_summary(tmp_path):
         )
         collector.wait_for({"unit", "read", "score", "write"})
     job = job_label(tmp_path / "out")
-    samples = wait_for(lambda found: total(found, "polar_ray_units_total", job_id=job) == summary.units)
+    samples = wait_for(
+        lambda found: (
+            total(found, "polar_ray_units_total", job_id=job) == summary.units
+            and total(found, "polar_ray_units_left", job_id=job) == 0
+        )
+    )
 
     def told(name: str, **labels: str) -> float:
         return total(samples, f"polar_ray_{name}", job_id=job, **labels)
