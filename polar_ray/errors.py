@@ -268,3 +268,8 @@ def unwrap(error: BaseException) -> BaseException:
     ours = (link for link in chain if type(link).__module__ == __name__)
     unwrapped = getattr(error, "cause", None)
     return next(ours, unwrapped if isinstance(unwrapped, BaseException) else error)
+
+
+def first_line(error: BaseException) -> str:
+    """What `error` says, short enough for another error's message; its type's name if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

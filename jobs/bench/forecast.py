@@ -8,7 +8,6 @@ its last file, without what starting takes, which a forecast leaves out. Let not
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -24,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from make_corpus import Corpus
 
-from polar_ray.bench.provenance import provenance
+from polar_ray.bench.provenance import write_results
 from polar_ray.config import EMBEDDED_MODEL, ScoreConfig
 from polar_ray.corpus.forecast import HERE, forecast
 from polar_ray.corpus.job import score_parquet
@@ -87,14 +86,11 @@ def main(
         seconds = [f"{row[name]:.1f} s" for name in ("foretold_s", "job_s", "forecasting_s")]
         shown.add_row(*seconds[:2], f"{off:+.1%}", f"{tokens_off:+.1%}", seconds[2])
     Console().print(shown)
-    result = {
-        "command": f"python jobs/bench/forecast.py --rows {rows} --unit-rows {unit_rows} --units {units} "
-        f"--model {model if model == EMBEDDED_MODEL else Path(model).name} --rounds {rounds} --seed {seed}",
-        **provenance(),
-        "rounds": found,
-    }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
+    command = (
+        f"python jobs/bench/forecast.py --rows {rows} --unit-rows {unit_rows} --units {units} "
+        f"--model {model if model == EMBEDDED_MODEL else Path(model).name} --rounds {rounds} --seed {seed}"
+    )
+    write_results(output, command, {"rounds": found})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ shows that the script itself works.
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -36,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from polar_ray.bench.gpu import GPU_SHAPES, LOADS, Goal, ShapeResult, bench_shape, goals
-from polar_ray.bench.provenance import provenance
+from polar_ray.bench.provenance import write_results
 
 WORDS = {True: "met", False: "not met", None: "open"}
 
@@ -129,16 +128,15 @@ def main(
         *(word for name in workloads for word in ("--workload", name)),
         *("--rounds", str(rounds), "--shorter", str(shorter), *(["--profile"] if profile else [])),
     ]
-    head = {"command": f"python jobs/bench/gpu.py {' '.join(arguments)}", **provenance(), "gpu": gpu(place)}
+    command = f"python jobs/bench/gpu.py {' '.join(arguments)}"
     loads = {name: LOADS[name].shorter(shorter) for name in workloads}
     results: list[ShapeResult] = []
-    output.parent.mkdir(parents=True, exist_ok=True)
     for name in shapes:
         results.append(bench_shape(name, loads, place, rounds=rounds, with_kernels=profile))
         show(results[-1], console)
         wanted = [asdict(goal) | {"is_met": goal.is_met} for goal in goals(results)]
-        content = head | {"warnings": kept.lines, "goals": wanted, "results": [asdict(result) for result in results]}
-        output.write_text(json.dumps(content, indent=1) + "\n")
+        measured = {"goals": wanted, "results": [asdict(result) for result in results]}
+        write_results(output, command, {"gpu": gpu(place), "warnings": kept.lines, **measured})
     show_goals(goals(results), console)
 
 

@@ -15,7 +15,6 @@ Let nothing else run: encoding needs a processor of its own.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
@@ -23,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import pyarrow.parquet as pq
 import typer
@@ -34,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from make_corpus import Corpus
 
-from polar_ray.bench.provenance import provenance
+from polar_ray.bench.provenance import write_results
 from polar_ray.config import EngineConfig, ScoreConfig
 from polar_ray.corpus.job import score_parquet
 from polar_ray.encoding.encode import EncodedTriple
@@ -108,16 +107,16 @@ def main(
     for name, rate in rates.items():
         shown.add_row(name, f"{rate:,.0f}", f"{rate / rates['engine']:.1%}")
     Console().print(shown)
-    result: dict[str, Any] = {
-        "command": f"python jobs/bench/road.py --tokens-per-second {tokens_per_second:g} --units {units} "
-        f"--unit-rows {unit_rows} --length {length:g} --rounds {rounds}",
-        **provenance(),
+    command = (
+        f"python jobs/bench/road.py --tokens-per-second {tokens_per_second:g} --units {units} "
+        f"--unit-rows {unit_rows} --length {length:g} --rounds {rounds}"
+    )
+    content = {
         "rows_per_s": rates,
         "of_engine": {name: rate / rates["engine"] for name, rate in rates.items()},
         "seconds": taken | {"job": [passed for passed, _ in jobs]},
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
+    write_results(output, command, content)
 
 
 if __name__ == "__main__":

@@ -14,17 +14,15 @@ longest unit alone, are
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
-import pyarrow.parquet as pq
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -33,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from make_corpus import Corpus
 
-from polar_ray.bench.provenance import provenance
+from polar_ray.bench.provenance import write_results
 from polar_ray.config import EngineConfig, ScoreConfig
 from polar_ray.corpus.actor import open_scorer
 from polar_ray.corpus.forecast import makespan
@@ -84,7 +82,6 @@ def main(
         reports = [read_written_report(place, manifest, unit.index) for unit in manifest.units]
         costs = [report.computed_tokens / tokens_per_second for report in reports]
         sizes = [unit.size for unit in manifest.units]
-        assert pq.read_metadata(next(scored.glob("**/*.parquet"))).num_rows == unit_rows
     by_size = [cost for _, cost in sorted(zip(sizes, costs, strict=True), reverse=True)]
     times = {
         "best": max(sum(costs) / actors, max(costs)),
@@ -97,16 +94,16 @@ def main(
     for name, taken in times.items():
         shown.add_row(name, f"{taken:.1f}", f"{taken / times['best']:.3f}")
     Console().print(shown)
-    result: dict[str, Any] = {
-        "command": f"python jobs/bench/tail.py --actors {actors} --units {units} --unit-rows {unit_rows} "
-        f"--tokens-per-second {tokens_per_second:g} --start {start:g} --seed {seed}",
-        **provenance(),
+    command = (
+        f"python jobs/bench/tail.py --actors {actors} --units {units} --unit-rows {unit_rows} "
+        f"--tokens-per-second {tokens_per_second:g} --start {start:g} --seed {seed}"
+    )
+    content = {
         "seconds": times,
         "of_best": {name: taken / times["best"] for name, taken in times.items()},
         "units": [{"bytes": size, "seconds": cost} for size, cost in zip(sizes, costs, strict=True)],
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
+    write_results(output, command, content)
 
 
 if __name__ == "__main__":

@@ -17,18 +17,15 @@ from pathlib import Path
 from polar_ray.bench.padded import padded_rewards, padded_widths, readme_batches, sorted_batches
 from polar_ray.config import EngineConfig
 from polar_ray.engines.base import Engine
-from polar_ray.engines.build import build_engine, engine_module
+from polar_ray.engines.build import DEFAULT_TOKEN_BUDGET, build_engine, engine_module
 from polar_ray.engines.torch.engine import DTYPES
 from polar_ray.model.architecture import CheckpointConfig
 from polar_ray.model.checkpoint import read_config
-from polar_ray.model.cost import causal_pairs, flops, flops_of_batches
+from polar_ray.model.cost import flops_of_batches, flops_of_lengths
 from polar_ray.model.polar import PolarForReward, load_polar
 from polar_ray.planning import Ids, Rewards, plan
 
 Batches = Callable[[Sequence[Ids]], list[list[int]]]
-
-SORTED_TOKENS = 4096
-"""Padded tokens of a batch of `sorted`; as many as the torch engine's budget on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,8 @@ class PaddedContestant:
     def loaded(self, folder: Path) -> Iterator[Runner]:
         """For as long as the context lasts."""
         model = load_polar(folder, dtype=DTYPES[self.dtype])
-        batches = readme_batches if self.method == "readme" else partial(sorted_batches, token_budget=SORTED_TOKENS)
+        by_length = partial(sorted_batches, token_budget=DEFAULT_TOKEN_BUDGET["cpu"])
+        batches = readme_batches if self.method == "readme" else by_length
         named = f"transformers {version('transformers')}, torch {version('torch')}"
         yield Runner(named, partial(_padded_turn, model, batches))
 
@@ -132,7 +130,7 @@ def _engine_turn(engine: Engine, settings: EngineConfig, config: CheckpointConfi
     if settings.kind == "torch":
         operations = flops_of_batches(config, planned.batches)
     elif not settings.share_prefixes:
-        operations = _flops_of_lengths(config, list(map(len, sequences)))
+        operations = flops_of_lengths(config, list(map(len, sequences)))
     return Turn(rewards, wall_s, plan_cpu_s, planned.computed_tokens, operations)
 
 
@@ -142,8 +140,4 @@ def _padded_turn(model: PolarForReward, batches: Batches, sequences: Sequence[Id
     rewards = padded_rewards(model, sequences, chosen)
     wall_s = time.perf_counter() - wall
     widths = [width for batch in padded_widths(sequences, chosen) for width in batch]
-    return Turn(rewards, wall_s, 0.0, sum(widths), _flops_of_lengths(model.checkpoint_config, widths))
-
-
-def _flops_of_lengths(config: CheckpointConfig, lengths: Sequence[int]) -> float:
-    return flops(config, sum(lengths), sum(map(causal_pairs, lengths)))
+    return Turn(rewards, wall_s, 0.0, sum(widths), flops_of_lengths(model.checkpoint_config, widths))

@@ -24,8 +24,8 @@ import torch
 
 from polar_ray.bench.contestants import EngineContestant, PaddedContestant, Turn
 from polar_ray.bench.processes import ProcessTree
-from polar_ray.bench.products import product_rate
 from polar_ray.bench.profiles import KernelTime, kernel_times
+from polar_ray.bench.rates import product_rate
 from polar_ray.config import EngineConfig
 from polar_ray.engines.build import HAVE_NO_WEIGHTS, resolve_engine
 from polar_ray.errors import ConfigError, EngineStartError, PolarRayError

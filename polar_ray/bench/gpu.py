@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import logging
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,16 +17,17 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from polar_ray.bench.padded import padded_rewards, padded_widths, sorted_batches
 from polar_ray.bench.profiles import KernelTime, kernel_times
+from polar_ray.bench.rates import copy_rate, matmul_rate, seconds_of
 from polar_ray.bench.workload import SHAPES, WORKLOADS, RandomCheckpoint, Shape, Workload, random_groups
+from polar_ray.engines.build import DEFAULT_TOKEN_BUDGET
 from polar_ray.engines.torch.decoder import CHUNK_TOKENS, Decoder
 from polar_ray.engines.torch.engine import TorchEngine
-from polar_ray.errors import EngineError
+from polar_ray.errors import EngineError, first_line
 from polar_ray.model.architecture import CheckpointConfig
-from polar_ray.model.cost import bytes_of_batches, causal_pairs, flops, flops_of_batches
+from polar_ray.model.cost import bytes_of_batches, flops_of_batches, flops_of_lengths
 from polar_ray.model.polar import build_polar
 from polar_ray.planning import Batch, Ids, Plan, Rewards, plan
 
@@ -40,8 +40,8 @@ GPU_SHAPES = {
 }
 """POLAR's, and one for trying things out on a CPU."""
 
-TOKEN_BUDGET = 32_768
-"""Computed or padded tokens of a batch; what an engine on a GPU takes by default."""
+TOKEN_BUDGET = DEFAULT_TOKEN_BUDGET["cuda"]
+"""Computed or padded tokens of a batch."""
 
 ENGINES: dict[str, dict[str, Any]] = {
     "eager": {"compiled": False},
@@ -57,11 +57,6 @@ PADDED = "transformers"
 
 N_CHECKED = 3
 """Sequences of a workload that are computed in float32 as well, for the errors."""
-
-PRODUCT_REPEATS, COPY_REPEATS = 50, 20
-"""Of one measurement of a rate: on an H200 about 50 ms each."""
-
-COPY_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 
 
 @dataclass(frozen=True)
@@ -210,7 +205,7 @@ def bench_shape(
         for _ in range(rounds):
             rates.append(matmul_rate(config, device))
             for method in able:
-                method.row.seconds.append(_seconds(partial(method.run, models.get(method.model)), device))
+                method.row.seconds.append(seconds_of(partial(method.run, models.get(method.model)), device))
         for method in able if with_kernels else ():
             method.row.kernels = kernel_times(partial(method.run, models.get(method.model)), device)
         bandwidths.append(copy_rate(device))
@@ -297,7 +292,7 @@ def _methods(
     widths = padded_widths(sequences, padded)
     filled = [Batch.unshared(np.zeros(width, dtype=np.int32) for width in batch) for batch in widths]
     all_widths = [width for batch in widths for width in batch]
-    operations = flops(config, sum(all_widths), sum(map(causal_pairs, all_widths)))
+    operations = flops_of_lengths(config, all_widths)
     yield Method(
         PADDED,
         lambda model: padded_rewards(model, sequences, padded),
@@ -326,7 +321,7 @@ def _warm_up(method: Method, models: _Models, device: torch.device) -> bool:
         before = _allocated(device)
         method.rewards = method.run(model)
     except (EngineError, torch.OutOfMemoryError) as error:
-        method.row.error = str(error).splitlines()[0]
+        method.row.error = first_line(error)
     # Not above: the error's frames still hold what the run had allocated.
     if method.row.error is not None:
         _free(device)
@@ -353,7 +348,7 @@ def _note_errors(models: _Models, checked: Mapping[str, tuple[Sequence[Ids], Seq
     try:
         expected = _exact_rewards(models, {load: sequences for load, (sequences, _) in checked.items()})
     except (EngineError, torch.OutOfMemoryError) as error:
-        logger.warning("no errors are counted: %s", str(error).splitlines()[0])
+        logger.warning("no errors are counted: %s", first_line(error))
         expected = {}
     _free(models.device)
     for load, (_, methods) in checked.items():
@@ -368,48 +363,6 @@ def _exact_rewards(models: _Models, sequences: Mapping[str, Sequence[Ids]]) -> d
     engine = models.engine(torch.float32, {"compiled": False})
     alone = {load: [engine.score(Batch.unshared([ids])) for ids in each] for load, each in sequences.items()}
     return {load: np.concatenate(rewards) for load, rewards in alone.items()}
-
-
-@torch.inference_mode()
-def matmul_rate(config: CheckpointConfig, device: torch.device) -> float:
-    """Floating point operations per second of bare bfloat16 products with the feed-forward's weights, the faster."""
-    rates = []
-    rows = CHUNK_TOKENS[device.type]
-    for out, into in (
-        (config.intermediate_size, config.hidden_size),
-        (config.hidden_size, config.intermediate_size),
-    ):
-        x = torch.randn(rows, into, device=device).bfloat16()
-        weight = torch.randn(out, into, device=device).bfloat16()
-        taken = _seconds(partial(_repeat, PRODUCT_REPEATS, F.linear, x, weight), device)
-        rates.append(PRODUCT_REPEATS * 2 * rows * into * out / taken)
-    return max(rates)
-
-
-def copy_rate(device: torch.device) -> float:
-    """Bytes per second, read and written, of large copies."""
-    source = torch.zeros(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    taken = _seconds(partial(_repeat, COPY_REPEATS, target.copy_, source), device)
-    return COPY_REPEATS * 2 * source.nbytes / taken
-
-
-def _repeat(times: int, function: Callable[..., object], *arguments: object) -> None:
-    for _ in range(times):
-        function(*arguments)
-
-
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
-    started = time.perf_counter()
-    run()
-    _wait(device)
-    return time.perf_counter() - started
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _allocated(device: torch.device) -> int:

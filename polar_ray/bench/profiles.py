@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from polar_ray.bench.rates import wait_for
+
 MOST_KERNELS = 25
 
 
@@ -28,8 +30,7 @@ def kernel_times(run: Callable[[], object], device: torch.device) -> list[Kernel
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiler:
         run()
-        if on_gpu:
-            torch.cuda.synchronize(device)
+        wait_for(device)
     times = [
         (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event)
         for event in profiler.key_averages()

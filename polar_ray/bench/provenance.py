@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,12 @@ def provenance() -> dict[str, Any]:
         "hardware": {"cpu": _cpu_model(), "cpus": os.cpu_count(), "memory_gib": _memory_gib()},
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
     }
+
+
+def write_results(file: Path, command: str, content: Mapping[str, Any]) -> None:
+    """A results file: the command that made it, `provenance`, and what was measured. Its folder is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"command": command, **provenance(), **content}, indent=1) + "\n")
 
 
 def _commit() -> str | None:

@@ -181,8 +181,8 @@ def bench_serve(
                         )
                     samples[road].append(sample)
             results += compare({road: summarise(road, load, taken) for road, taken in samples.items()})
-        for result in results:
-            if (speed := config.engine.arguments.get("tokens_per_s")) is not None:
+        if (speed := config.engine.arguments.get("tokens_per_s")) is not None:
+            for result in results:
                 result.of_engine = result.computed_tokens_per_row * result.rows_per_s / float(speed)
     return Comparison(kind, results, idle, left_out)
 

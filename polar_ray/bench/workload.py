@@ -8,6 +8,7 @@ import shutil
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count, islice
 from math import prod
 from pathlib import Path
 
@@ -153,20 +154,27 @@ def random_groups(
 ) -> list[Ids]:
     """Sequences of `n_groups` groups, those of a group consecutive, as a trainer would send them; with `group_size`
     outputs each instead of the workload's."""
+    groups = draw_groups(workload, vocab_size, group_size=group_size, seed=seed)
+    return [ids for group in islice(groups, n_groups) for ids in group]
+
+
+def draw_groups(
+    workload: Workload, vocab_size: int, *, group_size: int | None = None, seed: int = 0
+) -> Iterator[list[Ids]]:
+    """The groups of `random_groups`, without end."""
     chance = np.random.default_rng(seed)
 
     def draw(least: int, most: int) -> Ids:
         return chance.integers(0, vocab_size, chance.integers(least, most + 1), dtype=np.int32)
 
     system = draw(workload.system, workload.system)
-    prompt, sequences = system, []
-    for number in range(n_groups):
+    prompt = system
+    for number in count():
         if number % workload.references == 0:
             prompt = np.concatenate([system, draw(*workload.prompt)])
         shared = np.concatenate([prompt, draw(*workload.reference), prompt])
         outputs = (draw(*workload.output) for _ in range(group_size or workload.group_size))
-        sequences += [np.concatenate([shared, output]) for output in outputs]
-    return sequences
+        yield [np.concatenate([shared, output]) for output in outputs]
 
 
 def random_triples(n_groups: int, group_size: int, *, seed: int = 0) -> list[Triple]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -80,25 +80,21 @@ def engines(
     [dim]polar-ray bench engines --engine torch --engine vllm=.engines/vllm/bin/python[/]
     [dim]polar-ray bench engines --set engine.dtype=bfloat16 --model internlm/POLAR-1_8B[/]
     """
-    from polar_ray.bench.engines import bench_engines, installed_methods
+    from polar_ray.bench.engines import PADDED, VARIANTS, bench_engines, installed_methods
     from polar_ray.bench.workload import SHAPES, WORKLOADS
     from polar_ray.model.checkpoint import read_config
 
     workload = workload or ["gsm8k"]
     _refuse_unknown("workload", workload, WORKLOADS)
-    named = [each.partition("=") for each in engine or installed_methods()]
-    settings = {
-        method: load_config(
-            ScoreConfig, config, assignments or (), **engine_settings(_kind(method) + "=" + where)
-        ).engine
-        for method, _, where in named
-    }
+    settings = {}
+    for named in engine or installed_methods():
+        method = named.partition("=")[0]
+        chosen = engine_settings(named) | ({"engine__kind": "torch"} if method in (*PADDED, *VARIANTS) else {})
+        settings[method] = load_config(ScoreConfig, config, assignments or (), **chosen).engine
     busy_before, notes = os.getloadavg(), Console(stderr=True)
     with _checkpoint(shape, model, seed) as folder, notes.status("") as status:
         vocab_size = read_config(folder).vocab_size
-        work: dict[str, list[Ids]] = {
-            name: _sequences(name, tokens, group_size, vocab_size, seed) for name in workload or ["gsm8k"]
-        }
+        work = {name: _sequences(name, tokens, group_size, vocab_size, seed) for name in workload}
         compared = bench_engines(folder, settings, work, rounds=rounds, profiled=profile, on_stage=status.update)
     console = Console(highlight=False)
     for name in work:
@@ -106,7 +102,7 @@ def engines(
     console.print(_processes_table([result for result in compared.results if result.workload == workload[-1]]))
     console.print(ENGINES_LEGEND, style="dim")
     if output is not None:
-        from polar_ray.bench.provenance import provenance
+        from polar_ray.bench.provenance import write_results
 
         options = [
             *_repeated("engine", settings),
@@ -119,14 +115,12 @@ def engines(
             *_repeated("set", assignments or ()),
         ]
         content = {
-            "command": " ".join(["polar-ray bench engines", *options]),
-            **provenance(),
             "load_average": {"before": busy_before, "after": os.getloadavg()},
             "shape": asdict(SHAPES[shape]) if model is None else Path(model).name,
             "workloads": {name: _described(name, sequences) for name, sequences in work.items()},
             **asdict(compared),
         }
-        _write(output, content)
+        write_results(output, " ".join(["polar-ray bench engines", *options]), content)
 
 
 @app.command()
@@ -179,7 +173,7 @@ def serve(
         results.append(asdict(compared))
     Console().print(SERVE_LEGEND, style="dim", highlight=False)
     if output is not None:
-        from polar_ray.bench.provenance import provenance
+        from polar_ray.bench.provenance import write_results
 
         name = model if model == EMBEDDED_MODEL else Path(model).name
         words = ["polar-ray bench serve", *_repeated("engine", engines), f"--model {name}", *_repeated("road", roads)]
@@ -191,30 +185,22 @@ def serve(
             "threads": threads, "seed": seed,
         }  # fmt: skip
         content = {
-            "command": " ".join(words),
-            **provenance(),
             "load_average": {"before": busy_before, "after": os.getloadavg()},
             "settings": METHOD | measured,
             "results": results,
         }
-        _write(output, content)
-
-
-def _kind(method: str) -> str:
-    """The engine's of a method: `torch` for those that are not an engine's own name."""
-    return method if method in ("vllm", "sglang", "lmdeploy", "serve", "fake") else "torch"
+        write_results(output, " ".join(words), content)
 
 
 def _sequences(workload: str, tokens: int, group_size: int | None, vocab_size: int, seed: int) -> list[Ids]:
     """As many whole groups as hold `tokens` tokens, with other ids for other workloads."""
-    from polar_ray.bench.workload import WORKLOADS, random_groups
+    from polar_ray.bench.workload import WORKLOADS, draw_groups
 
-    lengths, groups = WORKLOADS[workload], 0
-    seed += list(WORKLOADS).index(workload)
+    lengths = WORKLOADS[workload]
     sequences: list[Ids] = []
+    groups = draw_groups(lengths, vocab_size, group_size=group_size, seed=seed + list(WORKLOADS).index(workload))
     while sum(map(len, sequences)) < tokens:
-        groups += lengths.references
-        sequences = random_groups(lengths, groups, vocab_size, group_size=group_size, seed=seed)
+        sequences += [ids for group in islice(groups, lengths.references) for ids in group]
     return sequences
 
 
@@ -237,11 +223,6 @@ def _show_comparison(compared: Comparison) -> None:
     Console().print(_serve_table(compared))
     for road, reason in compared.left_out.items():
         Console(stderr=True, highlight=False).print(f"{road} is left out: {reason}", markup=False)
-
-
-def _write(output: Path, content: dict[str, Any]) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(content, indent=2) + "\n")
 
 
 @contextmanager

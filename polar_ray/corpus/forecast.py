@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, PrivateAttr
+from pydantic import BaseModel, Field
 
 from polar_ray.columns import detect_message_json, parse_rows
 from polar_ray.config import EngineConfig, ScoreConfig
@@ -99,7 +99,8 @@ class Forecast(BaseModel):
     gpus_per_engine: int
     """1 for `here`."""
 
-    _sizes: tuple[int, ...] = PrivateAttr(())
+    sizes: tuple[int, ...] = Field(exclude=True, repr=False)
+    """Bytes of every unit, by which they are compared."""
 
     def hours(self, gpus: int) -> float:
         """Wall time on so many of them, without what starting takes: each does the largest unit that is left.
@@ -108,7 +109,7 @@ class Forecast(BaseModel):
         engines = gpus // self.gpus_per_engine
         if not engines:
             raise ConfigError(f"gpus = {gpus}: an engine has {self.gpus_per_engine}; give as many, or more")
-        share = makespan(sorted(self._sizes, reverse=True), engines) / sum(self._sizes)
+        share = makespan(sorted(self.sizes, reverse=True), engines) / sum(self.sizes)
         return self.gpu_hours / self.gpus_per_engine * share
 
 
@@ -193,7 +194,7 @@ def forecast(
     else:
         flops_per_s = PEAK_FLOPS[gpu] * mfu
     lengths = np.array([length for found in sampled for length in found.lengths] or [0])
-    found = Forecast(
+    return Forecast(
         files=len(files),
         rows=rows,
         units=len(every),
@@ -212,9 +213,8 @@ def forecast(
         flops_per_s=flops_per_s,
         gpu_hours=flops.total / flops_per_s / 3600,
         gpus_per_engine=1 if gpu == HERE else engine.tensor_parallel_size,
+        sizes=sizes,
     )
-    found._sizes = sizes
-    return found
 
 
 def _measured(engine: EngineConfig, folder: Path, shape: CheckpointConfig, batches: Iterable[Batch]) -> float:

@@ -26,7 +26,7 @@ from polar_ray.corpus.progress import JobProgress, Show
 from polar_ray.corpus.storage import Location
 from polar_ray.corpus.summary import UnitReport
 from polar_ray.corpus.tracker import JobTracker, Snapshot
-from polar_ray.errors import ConfigError, JobError, JobStalled, PolarRayError, TooManyFailures, unwrap
+from polar_ray.errors import ConfigError, JobError, JobStalled, PolarRayError, TooManyFailures, first_line, unwrap
 from polar_ray.ray_export import exported
 
 CPUS_PER_ENGINE = 8
@@ -288,6 +288,6 @@ def _typed(error: BaseException, tracker: Any) -> BaseException:
     if isinstance(found, PolarRayError):
         return found
     if isinstance(found, ray.exceptions.RayError):
-        return JobError(f"Ray gave up on the job: {str(found).splitlines()[0]}")
+        return JobError(f"Ray gave up on the job: {first_line(found)}")
     # Another library's message may quote what it could not digest, and that would be somebody's text.
     return JobError(f"an actor failed with {type(found).__name__}; polar-ray --debug shows where")

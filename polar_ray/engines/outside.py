@@ -60,11 +60,6 @@ def member(value: Any, name: str, where: str, kind: type = object) -> Any:
     return value[name]
 
 
-def first_line(error: BaseException) -> str:
-    """What `error` says, short enough for another error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-
-
 @cache
 def installed(kind: str, python: str | None) -> str:
     """The versions of `kind` and torch that `python`, or this interpreter, has. Raises `EngineStartError`."""

@@ -32,14 +32,13 @@ from polar_ray.config import EngineConfig
 from polar_ray.engines.outside import (
     Arguments,
     as_switches,
-    first_line,
     installed,
     member,
     refuse_arguments,
     refuse_ids,
 )
 from polar_ray.engines.server import EngineHttp, OwnServer, free_address
-from polar_ray.errors import ConfigError, EngineError, EngineProtocolError, EngineStartError, ProcessCrashed
+from polar_ray.errors import ConfigError, EngineError, EngineProtocolError, EngineStartError, ProcessCrashed, first_line
 from polar_ray.model.checkpoint import Checkpoint, CheckpointConfig
 from polar_ray.model.llama import llama_form
 from polar_ray.planning import Batch, Rewards

@@ -26,9 +26,9 @@ import numpy as np
 import torch
 
 from polar_ray.config import EngineConfig
-from polar_ray.engines.outside import Arguments, first_line, installed, member, refuse_arguments
+from polar_ray.engines.outside import Arguments, installed, member, refuse_arguments
 from polar_ray.engines.server import EngineHttp, OwnServer, free_address
-from polar_ray.errors import ConfigError, EngineError, EngineProtocolError, EngineStartError
+from polar_ray.errors import ConfigError, EngineError, EngineProtocolError, EngineStartError, first_line
 from polar_ray.model.checkpoint import Checkpoint, CheckpointConfig
 from polar_ray.model.llama import llama_form
 from polar_ray.planning import Batch, Rewards

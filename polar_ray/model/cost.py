@@ -4,7 +4,7 @@ meets, and four for each element of a query's head and each key that it sees. An
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from polar_ray.planning import Batch
@@ -54,6 +54,11 @@ def flops(config: CheckpointConfig, tokens: int, pairs: int, n_rewards: int | No
     if n_rewards is not None:
         layers, last = layers - 1, 2 * (tokens * key_value + n_rewards * others)
     return float(layers * (2 * tokens * (key_value + others) + 4 * pairs * hidden) + last)
+
+
+def flops_of_lengths(config: CheckpointConfig, lengths: Sequence[int]) -> float:
+    """Of whole sequences, the last layer too."""
+    return flops(config, sum(lengths), sum(map(causal_pairs, lengths)))
 
 
 def flops_of_batches(config: CheckpointConfig, batches: Iterable[Batch]) -> float:

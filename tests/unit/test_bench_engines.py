@@ -130,3 +130,9 @@ def test_what_is_not_started_here_is_refused(engine, message):
 def test_padded_batches_are_left_to_another_benchmark_on_gpus():
     with pytest.raises(ConfigError, match=r"--engine readme: .*jobs/bench/gpu\.py"):
         contestants({"readme": EngineConfig(device="cuda")}, EMBEDDED_FOLDER, 1024)
+
+
+def test_a_method_that_is_none_is_refused_by_its_name():
+    done = CliRunner().invoke(app, ["engines", "--engine", "torch-int4"])
+    assert isinstance(done.exception, ConfigError)
+    assert "torch-int4" in str(done.exception)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polar_ray.engines.torch.linear import Linear, PlainLinear
+from polar_ray.errors import first_line
 from polar_ray.model.architecture import CheckpointConfig
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ def compiled_if_it_works(
         compiled = CompiledSteps(dtype, eager.epsilon)
         difference = largest_difference(compiled, eager, config, dtype, device)
     except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as failure:
-        reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+        reason = first_line(failure)
     else:
         if difference < MAX_DIFFERENCE:
             return compiled

@@ -19,7 +19,7 @@ from polar_ray.engines.torch.decoder import WHOLE, AddUp, Decoder
 from polar_ray.engines.torch.determinism import even_lengths, fill_up
 from polar_ray.engines.torch.layout import pack
 from polar_ray.engines.torch.shard import Shard
-from polar_ray.errors import EngineError, EngineStartError
+from polar_ray.errors import EngineError, EngineStartError, first_line
 from polar_ray.model.checkpoint import Checkpoint
 from polar_ray.planning import Batch, Rewards
 
@@ -98,7 +98,7 @@ class TorchEngine:
                 lengths = even_lengths(decoder, checkpoint.config.hidden_size, place) if deterministic else ()
         except (MemoryError, RuntimeError) as error:
             raise EngineStartError(
-                f"{folder} does not load as {dtype} on {device}: {_first_line(error)}. If memory is what lacks, take "
+                f"{folder} does not load as {dtype} on {device}: {first_line(error)}. If memory is what lacks, take "
                 "a narrower engine.dtype, a device with more memory or fewer engines on it"
             ) from error
         return cls(
@@ -131,7 +131,7 @@ class TorchEngine:
             if len(batch) > 1 and _is_out_of_memory(error):
                 self._take_less_than(batch.computed_tokens)
             raise EngineError(
-                f"a batch of {len(batch)} sequences, {batch.computed_tokens} tokens, failed: {_first_line(error)}. "
+                f"a batch of {len(batch)} sequences, {batch.computed_tokens} tokens, failed: {first_line(error)}. "
                 "If memory is what lacks, lower engine.token_budget",
                 sequences=len(batch),
                 computed_tokens=batch.computed_tokens,
@@ -205,7 +205,3 @@ def _is_out_of_memory(error: BaseException) -> bool:
     """torch has a type of its own for this on GPUs only."""
     words = ("can't allocate memory", "not enough memory")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(said in str(error) for said in words)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

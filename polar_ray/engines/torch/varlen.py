@@ -12,16 +12,17 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from polar_ray.engines.torch.layout import Segment, Span
+from polar_ray.errors import first_line
 
 if TYPE_CHECKING:
     from polar_ray.engines.torch.attention import Attend
@@ -37,58 +38,39 @@ TOLERANCES = {torch.bfloat16: 0.05, torch.float16: 0.01}
 in the second digit where there are few."""
 
 
-class Kernel(Protocol):
-    def __call__(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        query_edges: Tensor,
-        key_edges: Tensor,
-        max_queries: int,
-        max_keys: int,
-    ) -> Tensor:
-        """`[T, G * R, D]` from queries of that shape and keys and values `[N, G, D]`, scores as they are.
+@dataclass(frozen=True)
+class Edges:
+    """What belongs together: the queries, and the keys and values, between two edges (int32, from 0)."""
 
-        What lies between two edges (int32, from 0) belongs together, `max_queries` and `max_keys` of it at most. The
-        last query meets all keys, and each one before it one fewer.
-        """
-        ...
+    queries: Tensor
+    keys: Tensor
+    max_queries: int
+    """Between two edges at most."""
+
+    max_keys: int
 
 
-def flash(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    query_edges: Tensor,
-    key_edges: Tensor,
-    max_queries: int,
-    max_keys: int,
-) -> Tensor:
+Kernel = Callable[[Tensor, Tensor, Tensor, Edges], Tensor]
+"""`[T, G * R, D]` from queries of that shape and keys and values `[N, G, D]`, scores as they are. Of what belongs
+together the last query meets all keys, and each one before it one fewer."""
+
+
+def flash(queries: Tensor, keys: Tensor, values: Tensor, edges: Edges) -> Tensor:
     """The kernel for GPUs, in 16 bits."""
     from torch.nn.attention.varlen import varlen_attn
 
-    edges = query_edges, key_edges
-    mixed = varlen_attn(
-        queries, keys, values, *edges, max_queries, max_keys, scale=1.0, window_size=(-1, 0), enable_gqa=True
-    )
+    lengths = edges.queries, edges.keys, edges.max_queries, edges.max_keys
+    mixed = varlen_attn(queries, keys, values, *lengths, scale=1.0, window_size=(-1, 0), enable_gqa=True)
     assert isinstance(mixed, Tensor)  # without `return_aux` it is
     return mixed
 
 
-def exact(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    query_edges: Tensor,
-    key_edges: Tensor,
-    max_queries: int,
-    max_keys: int,
-) -> Tensor:
+def exact(queries: Tensor, keys: Tensor, values: Tensor, edges: Edges) -> Tensor:
     """What a kernel promises, in float64 and a segment at a time: the measure of the others."""
     per_key = queries.shape[1] // keys.shape[1]
     mixed = torch.empty_like(queries)
-    for (start, end), (first, last) in zip(pairwise(query_edges.tolist()), pairwise(key_edges.tolist()), strict=True):
+    of_queries, of_keys = (pairwise(each.tolist()) for each in (edges.queries, edges.keys))
+    for (start, end), (first, last) in zip(of_queries, of_keys, strict=True):
         q = queries[start:end].double().transpose(0, 1)
         k, v = (part[first:last].double().repeat_interleave(per_key, 1).transpose(0, 1) for part in (keys, values))
         sees = torch.ones(end - start, last - first, dtype=torch.bool, device=q.device).tril(last - first - end + start)
@@ -107,10 +89,7 @@ class _Call:
     places: Tensor | slice
     """Of the keys and values, in the order of the segments."""
 
-    query_edges: Tensor
-    key_edges: Tensor
-    max_queries: int
-    max_keys: int
+    edges: Edges
 
 
 class VarlenAttention:
@@ -129,18 +108,7 @@ class VarlenAttention:
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, *, calls: Sequence[_Call]) -> Tensor:
         queries, keys, values = queries.transpose(0, 1).flatten(1, 2), keys.transpose(0, 1), values.transpose(0, 1)
-        parts = [
-            self._kernel(
-                queries[call.rows],
-                keys[call.places],
-                values[call.places],
-                call.query_edges,
-                call.key_edges,
-                call.max_queries,
-                call.max_keys,
-            )
-            for call in calls
-        ]
+        parts = [self._kernel(queries[call.rows], keys[call.places], values[call.places], call.edges) for call in calls]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
 
 
@@ -154,7 +122,7 @@ def varlen_works(
     try:
         error = largest_error(dtype, device, head_dim, queries_per_key, kernel)
     except (AttributeError, ImportError, RuntimeError, TypeError, ValueError) as failure:
-        reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+        reason = first_line(failure)
     else:
         if error < TOLERANCES[dtype]:
             return True
@@ -214,8 +182,8 @@ def _call(segments: Sequence[Segment], device: torch.device) -> _Call:
     else:
         places = torch.from_numpy(np.concatenate([np.arange(span.start, span.end) for span in spans])).to(device)
 
-    def edges(lengths: Sequence[int]) -> Tensor:
+    def up_to(lengths: Sequence[int]) -> Tensor:
         return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
     rows = slice(segments[0].queries.start, segments[-1].queries.end)
-    return _Call(rows, places, edges(n_queries), edges(n_keys), max(n_queries), max(n_keys))
+    return _Call(rows, places, Edges(up_to(n_queries), up_to(n_keys), max(n_queries), max(n_keys)))

@@ -9,7 +9,7 @@ from polar_ray.engines.torch.attention import SdpaAttention, attention_for
 from polar_ray.engines.torch.elementwise import CompiledSteps, EagerSteps, compiled_if_it_works, largest_difference
 from polar_ray.engines.torch.engine import TorchEngine
 from polar_ray.engines.torch.layout import pack
-from polar_ray.engines.torch.varlen import VarlenAttention, exact, largest_error, varlen_works
+from polar_ray.engines.torch.varlen import Edges, VarlenAttention, exact, largest_error, varlen_works
 from polar_ray.model.checkpoint import Checkpoint
 from polar_ray.planning import plan
 from tests.support.checkpoints import write_checkpoint
@@ -88,17 +88,17 @@ def test_a_right_kernel_passes_its_trial(kept_bits):
     assert largest_error(kept_bits, CPU, 64, 2, rounding) < varlen.TOLERANCES[kept_bits]
 
 
-def wrong_alignment(queries, keys, values, query_edges, key_edges, *longest):
+def wrong_alignment(queries, keys, values, edges):
     """Each segment's first query meets its first key alone."""
-    lengths = (query_edges.diff(), key_edges.diff())
+    lengths = (edges.queries.diff(), edges.keys.diff())
     mixed = torch.empty_like(queries)
     for start, first, n_queries, n_keys in zip(
-        query_edges.tolist(), key_edges.tolist(), *(each.tolist() for each in lengths), strict=False
+        edges.queries.tolist(), edges.keys.tolist(), *(each.tolist() for each in lengths), strict=False
     ):
         kept = min(n_queries, n_keys)
-        edges = (torch.tensor([0, n]) for n in (kept, kept))
+        whole = torch.tensor([0, kept])
         rows, places = slice(start, start + n_queries), slice(first, first + kept)
-        mixed[rows] = exact(queries[rows], keys[places], values[places], *edges, kept, kept)
+        mixed[rows] = exact(queries[rows], keys[places], values[places], Edges(whole, whole, kept, kept))
     return mixed
 
 

@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from polar_ray.bench import gpu as bench
+from polar_ray.bench import rates
 from polar_ray.bench.gpu import GPU_SHAPES, LOADS, Row, ShapeResult, bench_shape, goals
 from polar_ray.bench.workload import RandomCheckpoint, config_of
 from polar_ray.engines.torch.decoder import Decoder
@@ -26,8 +27,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def short_measurements(monkeypatch):
-    monkeypatch.setattr(bench, "PRODUCT_REPEATS", 1)
-    monkeypatch.setattr(bench, "COPY_REPEATS", 1)
+    monkeypatch.setattr(rates, "PRODUCT_REPEATS", 1)
+    monkeypatch.setattr(rates, "COPY_REPEATS", 1)
 
 
 @pytest.fixture(scope="module")
