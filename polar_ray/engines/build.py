@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Protocol, cast
 
 from polar_ray.config import OTHER_ENGINES, EngineConfig, endpoint_address
 from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.engines.base import Engine
+from polar_ray.engines.threads import in_passing_thread
 from polar_ray.errors import CheckpointError, ConfigError, ReceiptMismatch
 from polar_ray.stages import stage
 
@@ -106,12 +108,16 @@ def build_engine(engine: EngineConfig, folder: Path) -> Engine:
     from polar_ray.engines.parity import check_parity
     from polar_ray.model.checkpoint import Checkpoint
 
+    start = partial(engine_module(engine.kind).start, folder, engine)
+    # Others have threads of their own, or end with the one that has started them.
+    computes_here = engine.kind == "torch" and engine.device == "cpu" and engine.tensor_parallel_size == 1
     size_mb = Checkpoint.open(folder).size_bytes / 1e6
     with stage(f"{_how(engine)} {engine.kind}, {size_mb:,.0f} MB of weights"):
-        built = engine_module(engine.kind).start(folder, engine)
+        built = in_passing_thread(start) if computes_here else start()
     try:
         with stage(f"holding {engine.kind} to float32 of the weights"):
-            check_parity(built, engine, folder)
+            check = partial(check_parity, built, engine, folder)
+            in_passing_thread(check) if computes_here else check()
     except BaseException:
         built.close()
         raise

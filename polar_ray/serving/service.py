@@ -16,6 +16,7 @@ from polar_ray.config import ServeConfig
 from polar_ray.encoding.encode import EncodedTriple
 from polar_ray.encoding.tokenizer import PolarTokenizer
 from polar_ray.engines.build import resolve_engine
+from polar_ray.engines.threads import in_passing_thread
 from polar_ray.errors import (
     DeadlineExceeded,
     EngineError,
@@ -85,7 +86,7 @@ class Model:
         engine = resolve_engine(config.engine, folder, has_gpu=on_gpu, max_tokens=config.limits.max_tokens)
         receipt = build_receipt(folder, PolarTokenizer(folder), engine, config.limits)
         scorer = Scorer.open(config.model, revision=config.revision, engine=engine, limits=config.limits)
-        first = scorer.score([CANARY])[0]
+        first = in_passing_thread(lambda: scorer.score([CANARY]))[0]
         if not first.is_ok:
             raise EngineStartError(f"the engine came up and cannot score: {first.detail}")
         return cls(Path(config.model).name, receipt, is_untrained(folder), scorer)
