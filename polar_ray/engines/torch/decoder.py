@@ -73,10 +73,13 @@ class Decoder:
         products with weights are those of `quantized.py`. `compiled` is for comparisons: without it a GPU does the
         steps between the products with torch's own kernels."""
         self._config = shard.config(checkpoint.config)
+        self._dtype = dtype
         self._add_up = add_up or _alone
         self._rope = Rope.of(checkpoint.config, rope_base)
         self.chunk_tokens = (EVEN_CHUNK_TOKENS if deterministic else CHUNK_TOKENS)[device.type]
-        steps = EagerSteps(dtype, self._config.rms_norm_eps, self.chunk_tokens, serial=deterministic)
+        # What comes from 8-bit products on a CPU is float32, and what goes into them need not be rounded before.
+        between = torch.float32 if quantization == "int8" else dtype
+        steps = EagerSteps(between, self._config.rms_norm_eps, self.chunk_tokens, serial=deterministic)
         self._steps: Steps = steps
         if compiled and device.type == "cuda" and not deterministic:
             self._steps = compiled_if_it_works(steps, self._config, dtype, device)
@@ -104,9 +107,7 @@ class Decoder:
         attend, attend_last = self._attention.over(packed.every_token), self._last_attention.over(packed.last_tokens)
         for layer in self._layers[:-1]:
             normed_TH = self._steps.norm(x_TH, layer.attention_norm)
-            keys, values = self._keys_values(layer, normed_TH, turn)
-            queries = self._queries(layer, normed_TH, query_turn)
-            self._finish(layer, x_TH, attend(queries, keys, values))
+            self._finish(layer, x_TH, attend(*self._heads(layer, normed_TH, query_turn, turn)))
 
         # Nothing reads the last layer's output but the head: beyond keys and values it is needed at S places only.
         layer, last = self._layers[-1], packed.last_S
@@ -124,8 +125,7 @@ class Decoder:
         position = torch.ones(len(x_TH), dtype=torch.int64, device=x_TH.device)
         turn = self._turn(position, position + 1)
         normed_TH = self._steps.norm(x_TH, layer.attention_norm)
-        keys, values = self._keys_values(layer, normed_TH, turn)
-        queries = self._queries(layer, normed_TH, turn * self._attention.score_scale)
+        queries, keys, values = self._heads(layer, normed_TH, turn * self._attention.score_scale, turn)
         self._finish(layer, x_TH, queries.transpose(0, 1).flatten(1))
         parts = [*(part.transpose(0, 1).flatten(1) for part in (queries, keys, values)), x_TH]
         by_row = torch.cat([*(part.float() for part in parts), self._read_off(x_TH).unsqueeze(1)], 1)
@@ -141,30 +141,49 @@ class Decoder:
         epsilon = self._config.rms_norm_eps
         return rms_norm(x_SH, self._final_norm, epsilon, torch.float32, self.chunk_tokens) @ self._head
 
+    def _heads(
+        self, layer: Layer, normed_TH: Tensor, query_turn: Tensor, turn: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `_queries` and `_keys_values` give of the same rows."""
+        queries, (keys, values) = self._query_room(normed_TH), self._key_value_room(normed_TH)
+        for chunk in self._chunks(normed_TH):
+            query, key_value = layer.query.both(layer.key_value, normed_TH[chunk])
+            self._steps.rotate_into(queries[:, chunk].transpose(0, 1), query, query_turn[chunk])
+            self._split_into(keys[:, chunk], values[:, chunk], key_value, turn[chunk])
+        return queries, keys, values
+
     def _queries(self, layer: Layer, normed_TH: Tensor, turn: Tensor) -> Tensor:
         """`[G, T, R, D]`, rotated and scaled by `turn`."""
-        queries = self._room(normed_TH, self._config.queries_per_key, self._config.head_dim)
+        queries = self._query_room(normed_TH)
         for chunk in self._chunks(normed_TH):
-            out = queries[:, chunk].transpose(0, 1)
-            self._steps.rotate_into(out, layer.query(normed_TH[chunk]), turn[chunk])
+            self._steps.rotate_into(queries[:, chunk].transpose(0, 1), layer.query(normed_TH[chunk]), turn[chunk])
         return queries
 
     def _keys_values(self, layer: Layer, normed_TH: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
         """`[G, T, D]` each, keys rotated by `turn`."""
-        groups, size = self._config.num_key_value_heads, self._config.head_dim
-        keys, values = self._room(normed_TH, size), self._room(normed_TH, size)
+        keys, values = self._key_value_room(normed_TH)
         for chunk in self._chunks(normed_TH):
-            key, value = layer.key_value(normed_TH[chunk]).chunk(2, -1)
-            self._steps.rotate_into(keys[:, chunk].transpose(0, 1).unsqueeze(2), key, turn[chunk])
-            values[:, chunk] = value.view(-1, groups, size).transpose(0, 1)
+            self._split_into(keys[:, chunk], values[:, chunk], layer.key_value(normed_TH[chunk]), turn[chunk])
         return keys, values
+
+    def _split_into(self, keys: Tensor, values: Tensor, product: Tensor, turn: Tensor) -> None:
+        """The two halves of `[T, 2 * G * D]`, keys rotated by `turn`, into `[G, T, D]` each."""
+        key, value = product.chunk(2, -1)
+        self._steps.rotate_into(keys.transpose(0, 1).unsqueeze(2), key, turn)
+        values[:] = value.view(len(value), *values.shape[::2]).transpose(0, 1)
+
+    def _query_room(self, rows: Tensor) -> Tensor:
+        return self._room(rows, self._config.queries_per_key, self._config.head_dim)
+
+    def _key_value_room(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return self._room(rows, self._config.head_dim), self._room(rows, self._config.head_dim)
 
     def _room(self, rows: Tensor, *sizes: int) -> Tensor:
         """`[G, T, *sizes]` for as many `rows`, laid out as the attention reads it best."""
         groups, n_rows = self._config.num_key_value_heads, len(rows)
         if self._attention.by_token:
-            return rows.new_empty(n_rows, groups, *sizes).transpose(0, 1)
-        return rows.new_empty(groups, n_rows, *sizes)
+            return rows.new_empty(n_rows, groups, *sizes, dtype=self._dtype).transpose(0, 1)
+        return rows.new_empty(groups, n_rows, *sizes, dtype=self._dtype)
 
     def _finish(self, layer: Layer, x_TH: Tensor, mixed_TH: Tensor) -> None:
         """What follows attention, added to `x_TH` in place."""

@@ -86,7 +86,7 @@ class EagerSteps:
             out[part] = rotated.view(out[part].shape)
 
     def gated(self, gate: Linear, up: Linear, x: Tensor) -> Tensor:
-        return gate.silu(x).mul_(up(x))
+        return gate.gated(up, x)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, dtype: torch.dtype, chunk_tokens: int) -> Tensor:
@@ -124,8 +124,8 @@ class CompiledSteps:
         self._compiled(_rotate_into, x.shape[1])(out, x, torch.view_as_real(turn))
 
     def gated(self, gate: Linear, up: Linear, x: Tensor) -> Tensor:
-        product = gate(x)
-        gated: Tensor = self._compiled(_silu_times, product.shape[1])(product, up(x))
+        products = gate.both(up, x)
+        gated: Tensor = self._compiled(_silu_times, products[0].shape[1])(*products)
         return gated
 
 

@@ -9,7 +9,8 @@ small product first and left alone if they are absent or wrong.
 from __future__ import annotations
 
 import functools
-from typing import Protocol
+from abc import ABC, abstractmethod
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -19,38 +20,42 @@ TOKENS_HINT = 512
 """Rows that oneDNN lays weights out for; the engine's chunks have as many."""
 
 
-class Linear(Protocol):
+class Linear(ABC):
     """`x [T, in] -> [T, out]` with a weight `[out, in]` and no bias."""
 
+    @abstractmethod
     def __init__(self, weight: Tensor) -> None: ...
 
+    @abstractmethod
     def __call__(self, x: Tensor) -> Tensor: ...
 
-    def silu(self, x: Tensor) -> Tensor:
-        """`silu(self(x))`."""
-        ...
+    def both(self, other: Self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`self(x), other(x)`; what has to be made of `x` for a product is made once."""
+        return self(x), other(x)
+
+    def gated(self, up: Self, x: Tensor) -> Tensor:
+        """`silu(self(x)) * up(x)`, as `both`."""
+        gate, factor = self.both(up, x)
+        return F.silu(gate, inplace=True).mul_(factor)
 
 
-class PlainLinear:
+class PlainLinear(Linear):
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight.contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self._weight)
 
-    def silu(self, x: Tensor) -> Tensor:
-        return F.silu(F.linear(x, self._weight), inplace=True)
 
-
-class PackedLinear:
+class PackedLinear(Linear):
     def __init__(self, weight: Tensor) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TOKENS_HINT)
 
     def __call__(self, x: Tensor) -> Tensor:
         return onednn_product(x, self._weight)
 
-    def silu(self, x: Tensor) -> Tensor:
-        return onednn_product(x, self._weight, "swish")
+    def gated(self, up: Self, x: Tensor) -> Tensor:
+        return onednn_product(x, self._weight, "swish").mul_(up(x))
 
 
 def onednn_product(x: Tensor, weight: Tensor, activation: str = "none") -> Tensor:
@@ -75,7 +80,7 @@ def onednn_works(dtype: torch.dtype, device_type: str) -> bool:
     expected = x.double() @ weight.double().T
     try:
         packed = PackedLinear(weight)
-        found = [packed(x), onednn_product(x, weight), packed.silu(x)]
+        found = [packed(x), onednn_product(x, weight), onednn_product(x, packed._weight, "swish")]
     except (AttributeError, RuntimeError):
         return False
     tolerance = 1e-4 if dtype == torch.float32 else 0.1  # sums near 8, spread over a few dozen roundings

@@ -7,9 +7,9 @@ scaled in float32.
 from __future__ import annotations
 
 import functools
+from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from polar_ray.config import Quantization
@@ -30,8 +30,9 @@ SMALLEST_SCALE = 1e-30
 """Of a row of zeros."""
 
 
-class Int8Linear:
-    """On a CPU, by oneDNN. Activations are float32, or float32 when they come back."""
+class Int8Linear(Linear):
+    """On a CPU, by oneDNN. Products are float32 whatever is put in: rounding them to 16 bits would only cost, as what
+    follows them, or rounds them for the next product, has vector code for float32 alone."""
 
     def __init__(self, weight: Tensor) -> None:
         largest = _int8_largest()
@@ -40,23 +41,19 @@ class Int8Linear:
         self._weight = torch.ops.onednn.qlinear_prepack(rounded, [TOKENS_HINT, weight.shape[1]])
         self._scales = scales
         self._zero_points = torch.zeros(len(weight), dtype=torch.int32)
-        self._dtype = weight.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._product(x).to(self._dtype)
+        return self._product(*_int8(x))
 
-    def silu(self, x: Tensor) -> Tensor:
-        return F.silu(self._product(x), inplace=True).to(self._dtype)
+    def both(self, other: Self, x: Tensor) -> tuple[Tensor, Tensor]:
+        rows = _int8(x)
+        return self._product(*rows), other._product(*rows)
 
-    def _product(self, x: Tensor) -> Tensor:
-        # Of the ways to the largest magnitude only the two reductions have vector code in torch 2.13.
-        largest = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_()).float()
-        scales = largest.div_(INT8_LARGEST).clamp_min_(SMALLEST_SCALE)
-        rounded = (x * scales.reciprocal()).round_().to(torch.int8).view(torch.uint8).add_(ZERO_POINT)
+    def _product(self, rounded: Tensor, scales: Tensor) -> Tensor:
         return _int8_product(rounded, self._weight, self._scales, self._zero_points).mul_(scales)
 
 
-class Fp8Linear:
+class Fp8Linear(Linear):
     """On a GPU, by the matrix units' own float8 products; on a CPU the same numbers, slowly."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -64,18 +61,31 @@ class Fp8Linear:
         self._dtype = weight.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
+        return self._product(*_fp8(x))
+
+    def both(self, other: Self, x: Tensor) -> tuple[Tensor, Tensor]:
         rounded, scales = _fp8(x)
+        return self._product(rounded, scales), other._product(rounded, scales)
+
+    def _product(self, rounded: Tensor, scales: Tensor) -> Tensor:
         product: Tensor = torch._scaled_mm(
             rounded, self._weight.T, scale_a=scales, scale_b=self._scales.T, out_dtype=torch.bfloat16
         )
         return product.to(self._dtype)
 
-    def silu(self, x: Tensor) -> Tensor:
-        return F.silu(self(x), inplace=True)
-
 
 def quantized_kind(quantization: Quantization) -> type[Linear]:
     return Int8Linear if quantization == "int8" else Fp8Linear
+
+
+def _int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows `[M, N]` in bytes above `ZERO_POINT`, and their scales `[M, 1]` in float32."""
+    x = x.float()
+    # Of the ways to the largest magnitude only the two reductions have vector code in torch 2.13; of those to a byte
+    # only the signed one has.
+    largest = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_())
+    scales = largest.div_(INT8_LARGEST).clamp_min_(SMALLEST_SCALE)
+    return (x * scales.reciprocal()).round_().to(torch.int8).view(torch.uint8).add_(ZERO_POINT), scales
 
 
 def _fp8(x: Tensor) -> tuple[Tensor, Tensor]:
