@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +17,10 @@ from torch import Tensor
 
 from polar_ray.config import Quantization, RopeBase
 from polar_ray.engines.torch.attention import PLACED_BLOCK_TOKENS, attention_for
-from polar_ray.engines.torch.elementwise import EagerSteps, Steps, compiled_if_it_works, rms_norm
+from polar_ray.engines.torch.elementwise import EagerSteps, Steps, compiled_fp8_rows_if_they_work, compiled_if_it_works, rms_norm
 from polar_ray.engines.torch.layout import Packed, Segment
 from polar_ray.engines.torch.linear import Linear, linear_kind
-from polar_ray.engines.torch.quantized import quantized_kind
+from polar_ray.engines.torch.quantized import Fp8Linear, Int8Linear, fp8_rows
 from polar_ray.engines.torch.shard import Shard
 from polar_ray.model.architecture import split_wqkv
 from polar_ray.model.checkpoint import Checkpoint
@@ -81,12 +82,18 @@ class Decoder:
         between = torch.float32 if quantization == "int8" else dtype
         steps = EagerSteps(between, self._config.rms_norm_eps, self.chunk_tokens, serial=deterministic)
         self._steps: Steps = steps
-        if compiled and device.type == "cuda" and not deterministic:
+        compiled = compiled and device.type == "cuda" and not deterministic
+        if compiled:
             self._steps = compiled_if_it_works(steps, self._config, dtype, device)
         heads = self._config.head_dim, self._config.queries_per_key
         self._attention = attention_for(dtype, device, *heads, PLACED_BLOCK_TOKENS if deterministic else None)
         self._last_attention = attention_for(dtype, device, *heads, 1) if deterministic else self._attention
-        kind = linear_kind(dtype, device) if quantization is None else quantized_kind(quantization)
+        kind: Callable[[Tensor], Linear] = linear_kind(dtype, device)
+        if quantization == "int8":
+            kind = Int8Linear
+        elif quantization == "fp8":
+            rows_of = compiled_fp8_rows_if_they_work(self._config, dtype, device) if compiled else fp8_rows
+            kind = partial(Fp8Linear, rows_of=rows_of)
         self._embedding = checkpoint.read("model.tok_embeddings.weight", dtype, device)
         self._layers = [
             _read_layer(checkpoint, layer, dtype, device, shard, kind)
@@ -208,7 +215,7 @@ def _alone(product: Tensor) -> Tensor:
 
 
 def _read_layer(
-    checkpoint: Checkpoint, number: int, dtype: torch.dtype, device: torch.device, shard: Shard, kind: type[Linear]
+    checkpoint: Checkpoint, number: int, dtype: torch.dtype, device: torch.device, shard: Shard, kind: Callable[[Tensor], Linear]
 ) -> Layer:
     config = shard.config(checkpoint.config)
 

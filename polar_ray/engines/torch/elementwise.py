@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polar_ray.engines.torch.linear import Linear, PlainLinear
+from polar_ray.engines.torch.quantized import RowsOf, fp8_rows
 from polar_ray.errors import first_line
 from polar_ray.model.architecture import CheckpointConfig
 
@@ -134,17 +135,51 @@ def compiled_if_it_works(
 ) -> Steps:
     """Compiled steps that agree with `eager` at this model's widths; `eager` where they do not, or where there is
     nothing to compile with (torch takes triton and a C compiler for it)."""
-    try:
-        compiled = CompiledSteps(dtype, eager.epsilon)
-        difference = largest_difference(compiled, eager, config, dtype, device)
-    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as failure:
-        reason = first_line(failure)
-    else:
-        if difference < MAX_DIFFERENCE:
-            return compiled
-        reason = f"they differ by {difference:.3g}"
-    logger.warning("The steps between products are not compiled, which makes them slower: %s", reason)
+    compiled = CompiledSteps(dtype, eager.epsilon)
+    wrong = _what_is_wrong(lambda: largest_difference(compiled, eager, config, dtype, device))
+    if wrong is None:
+        return compiled
+    logger.warning("The steps between products are not compiled, which makes them slower: %s", wrong)
     return eager
+
+
+def compiled_fp8_rows_if_they_work(config: CheckpointConfig, dtype: torch.dtype, device: torch.device) -> RowsOf:
+    """`fp8_rows` as one kernel for each of this model's widths, or as it is, as `compiled_if_it_works`."""
+    kernels = functools.cache(_compile)
+
+    def compiled(x: Tensor) -> tuple[Tensor, Tensor]:
+        rows: tuple[Tensor, Tensor] = kernels(fp8_rows, x.shape[1])(x)
+        return rows
+
+    wrong = _what_is_wrong(lambda: largest_rms_difference(compiled, fp8_rows, config, dtype, device))
+    if wrong is None:
+        return compiled
+    logger.warning("The rounding of activations to fp8 is not compiled, which makes it slower: %s", wrong)
+    return fp8_rows
+
+
+def _what_is_wrong(try_out: Callable[[], float]) -> str | None:
+    """Why something compiled cannot be taken whose difference from what is right `try_out` gives."""
+    try:
+        difference = try_out()
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as failure:
+        return first_line(failure)
+    return None if difference < MAX_DIFFERENCE else f"they differ by {difference:.3g}"
+
+
+def largest_rms_difference(
+    a: RowsOf, b: RowsOf, config: CheckpointConfig, dtype: torch.dtype, device: torch.device
+) -> float:
+    """Of what two ways to rows in 8 bits make of the same numbers, over the numbers' own root mean square. A single one
+    may fall to either side of a tie, which is an eighth of it."""
+    generator = torch.Generator().manual_seed(0)
+    differences = []
+    for width in {config.hidden_size, config.intermediate_size}:
+        for n_rows, n_before in TRIED_ROWS:
+            x = torch.randn(n_before + n_rows, width, generator=generator).to(device, dtype)[n_before:]
+            one, other = (values.float() * scales for values, scales in (a(x), b(x)))
+            differences.append((one - other).square().mean().sqrt() / other.square().mean().sqrt())
+    return float(torch.stack(differences).max())
 
 
 def largest_difference(a: Steps, b: Steps, config: CheckpointConfig, dtype: torch.dtype, device: torch.device) -> float:

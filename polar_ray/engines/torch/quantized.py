@@ -7,12 +7,12 @@ scaled in float32.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from polar_ray.config import Quantization
 from polar_ray.engines.torch.linear import TOKENS_HINT, Linear
 from polar_ray.errors import EngineStartError
 
@@ -25,9 +25,13 @@ ZERO_POINT = 128
 """Of activations, which oneDNN wants as unsigned bytes."""
 
 FP8 = torch.float8_e4m3fn
+FP8_LARGEST = torch.finfo(FP8).max
 
 SMALLEST_SCALE = 1e-30
 """Of a row of zeros."""
+
+RowsOf = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""From activations to rows in 8 bits and their scales."""
 
 
 class Int8Linear(Linear):
@@ -53,29 +57,33 @@ class Int8Linear(Linear):
         return _int8_product(rounded, self._weight, self._scales, self._zero_points).mul_(scales)
 
 
+def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows `[M, N]` in float8, and their scales `[M, 1]` in float32."""
+    scales = (x.abs().amax(-1, keepdim=True).float() / FP8_LARGEST).clamp_min(SMALLEST_SCALE)
+    return (x / scales).to(FP8), scales
+
+
 class Fp8Linear(Linear):
     """On a GPU, by the matrix units' own float8 products; on a CPU the same numbers, slowly."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self._weight, self._scales = _fp8(weight)
+    def __init__(self, weight: Tensor, rows_of: RowsOf = fp8_rows) -> None:
+        """`rows_of` does what `fp8_rows` does."""
+        self._rows_of = rows_of
+        self._weight, self._scales = fp8_rows(weight)
         self._dtype = weight.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._product(*_fp8(x))
+        return self._product(*self._rows_of(x))
 
     def both(self, other: Self, x: Tensor) -> tuple[Tensor, Tensor]:
-        rounded, scales = _fp8(x)
-        return self._product(rounded, scales), other._product(rounded, scales)
+        rows = self._rows_of(x)
+        return self._product(*rows), other._product(*rows)
 
     def _product(self, rounded: Tensor, scales: Tensor) -> Tensor:
         product: Tensor = torch._scaled_mm(
             rounded, self._weight.T, scale_a=scales, scale_b=self._scales.T, out_dtype=torch.bfloat16
         )
         return product.to(self._dtype)
-
-
-def quantized_kind(quantization: Quantization) -> type[Linear]:
-    return Int8Linear if quantization == "int8" else Fp8Linear
 
 
 def _int8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,12 +94,6 @@ def _int8(x: Tensor) -> tuple[Tensor, Tensor]:
     largest = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_())
     scales = largest.div_(INT8_LARGEST).clamp_min_(SMALLEST_SCALE)
     return (x * scales.reciprocal()).round_().to(torch.int8).view(torch.uint8).add_(ZERO_POINT), scales
-
-
-def _fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows `[M, N]` in float8, and their scales `[M, 1]` in float32."""
-    scales = (x.abs().amax(-1, keepdim=True).float() / torch.finfo(FP8).max).clamp_min(SMALLEST_SCALE)
-    return (x / scales).to(FP8), scales
 
 
 def _int8_product(x: Tensor, weight: Tensor, scales: Tensor, zero_points: Tensor) -> Tensor:

@@ -6,9 +6,16 @@ import torch
 
 from polar_ray.engines.torch import decoder, elementwise, varlen
 from polar_ray.engines.torch.attention import SdpaAttention, attention_for
-from polar_ray.engines.torch.elementwise import CompiledSteps, EagerSteps, compiled_if_it_works, largest_difference
+from polar_ray.engines.torch.elementwise import (
+    CompiledSteps,
+    EagerSteps,
+    compiled_fp8_rows_if_they_work,
+    compiled_if_it_works,
+    largest_difference,
+)
 from polar_ray.engines.torch.engine import TorchEngine
 from polar_ray.engines.torch.layout import pack
+from polar_ray.engines.torch.quantized import fp8_rows
 from polar_ray.engines.torch.varlen import Edges, VarlenAttention, exact, largest_error, varlen_works
 from polar_ray.model.checkpoint import Checkpoint
 from polar_ray.planning import plan
@@ -163,6 +170,16 @@ def test_compiled_steps_give_what_torch_s_kernels_give(tmp_path):
     config = Checkpoint.open(write_checkpoint(tmp_path)).config
     eager = EagerSteps(torch.bfloat16, config.rms_norm_eps, 512)
     assert isinstance(compiled_if_it_works(eager, config, torch.bfloat16, CPU), CompiledSteps)
+    rows_of = compiled_fp8_rows_if_they_work(config, torch.bfloat16, CPU)
+    assert rows_of is not fp8_rows
+    rows, scales = rows_of(torch.zeros(3, config.hidden_size, dtype=torch.bfloat16))
+    assert (rows.dtype, rows.shape, scales.dtype, scales.shape) == (
+        torch.float8_e4m3fn,
+        (3, config.hidden_size),
+        torch.float32,
+        (3, 1),
+    )
+    assert (rows.float() * scales == 0).all()
 
 
 def test_steps_differ_by_rounding_alone(tmp_path, monkeypatch):
@@ -187,6 +204,33 @@ def test_steps_that_do_not_compile_or_differ_are_left_alone_and_named(tmp_path, 
     assert compiled_if_it_works(eager, config, torch.float32, CPU) is eager
     assert "slower: Cannot find a working triton installation" in said[0]
     assert "slower: they differ by" in said[1]
+
+
+def cut_off(x):
+    """Float8 rows of what is next to zero, not of what is nearest."""
+    rows, scales = fp8_rows(x)
+    lower = torch.where(rows.float().abs() * scales > x.float().abs(), 15 / 16, 1.0)
+    return (rows.float() * lower).to(rows.dtype), scales
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: (fp8_rows(x)[0], fp8_rows(x)[1] * 1.05),
+        lambda x: (fp8_rows(x)[0].roll(1, 0), fp8_rows(x)[1]),
+        lambda x: (fp8_rows(x)[0], fp8_rows(x)[1].amax().expand(len(x), 1)),
+        cut_off,
+    ],
+    ids=["scales", "rows", "one scale", "cut off"],
+)
+def test_a_rounding_that_is_wrong_is_left_alone_and_named(wrong, tmp_path, monkeypatch, said):
+    config = Checkpoint.open(write_checkpoint(tmp_path)).config
+    monkeypatch.setattr(elementwise, "_compile", lambda function, width: fp8_rows)
+    assert compiled_fp8_rows_if_they_work(config, torch.bfloat16, CPU) is not fp8_rows
+    assert not said
+    monkeypatch.setattr(elementwise, "_compile", lambda function, width: wrong)
+    assert compiled_fp8_rows_if_they_work(config, torch.bfloat16, CPU) is fp8_rows
+    assert "fp8 is not compiled, which makes it slower: they differ by" in said[0]
 
 
 def test_a_model_of_both_gives_the_rewards_of_neither(tmp_path, monkeypatch):
