@@ -17,7 +17,13 @@ from torch import Tensor
 
 from polar_ray.config import Quantization, RopeBase
 from polar_ray.engines.torch.attention import PLACED_BLOCK_TOKENS, attention_for
-from polar_ray.engines.torch.elementwise import EagerSteps, Steps, compiled_fp8_rows_if_they_work, compiled_if_it_works, rms_norm
+from polar_ray.engines.torch.elementwise import (
+    EagerSteps,
+    Steps,
+    compiled_fp8_rows_if_they_work,
+    compiled_if_it_works,
+    rms_norm,
+)
 from polar_ray.engines.torch.layout import Packed, Segment
 from polar_ray.engines.torch.linear import Linear, linear_kind
 from polar_ray.engines.torch.quantized import Fp8Linear, Int8Linear, fp8_rows
@@ -37,6 +43,9 @@ WHOLE = Shard()
 
 AddUp = Callable[[Tensor], Tensor]
 """From one shard's product to the sum over all of them, float32."""
+
+LinearKind = Callable[[Tensor], Linear]
+"""From a weight `[out, in]`."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,7 @@ class Decoder:
         heads = self._config.head_dim, self._config.queries_per_key
         self._attention = attention_for(dtype, device, *heads, PLACED_BLOCK_TOKENS if deterministic else None)
         self._last_attention = attention_for(dtype, device, *heads, 1) if deterministic else self._attention
-        kind: Callable[[Tensor], Linear] = linear_kind(dtype, device)
+        kind: LinearKind = linear_kind(dtype, device)
         if quantization == "int8":
             kind = Int8Linear
         elif quantization == "fp8":
@@ -215,7 +224,7 @@ def _alone(product: Tensor) -> Tensor:
 
 
 def _read_layer(
-    checkpoint: Checkpoint, number: int, dtype: torch.dtype, device: torch.device, shard: Shard, kind: Callable[[Tensor], Linear]
+    checkpoint: Checkpoint, number: int, dtype: torch.dtype, device: torch.device, shard: Shard, kind: LinearKind
 ) -> Layer:
     config = shard.config(checkpoint.config)
 
