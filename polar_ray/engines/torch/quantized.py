@@ -47,10 +47,10 @@ class Int8Linear(Linear):
         self._zero_points = torch.zeros(len(weight), dtype=torch.int32)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._product(*_int8(x))
+        return self._product(*_int8_rows(x))
 
     def both(self, other: Self, x: Tensor) -> tuple[Tensor, Tensor]:
-        rows = _int8(x)
+        rows = _int8_rows(x)
         return self._product(*rows), other._product(*rows)
 
     def _product(self, rounded: Tensor, scales: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class Fp8Linear(Linear):
         return product.to(self._dtype)
 
 
-def _int8(x: Tensor) -> tuple[Tensor, Tensor]:
+def _int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows `[M, N]` in bytes above `ZERO_POINT`, and their scales `[M, 1]` in float32."""
     x = x.float()
     # Of the ways to the largest magnitude only the two reductions have vector code in torch 2.13; of those to a byte
