@@ -221,9 +221,16 @@ class AsyncRewardClient:
 
     async def _ask(self, method: str, path: str, body: dict[str, Any] | None, deadline: float) -> httpx.Response:
         """The reply with status 200, asked for as often as it takes and is worth."""
+        failure: PolarRayError | None = None
         async for attempt in retrying(deadline):
             with attempt:
-                return await self._ask_once(method, path, body, deadline)
+                if failure is not None and time.monotonic() >= deadline:
+                    raise failure  # a wait that took longer than it was meant to: this says more than the time does
+                try:
+                    return await self._ask_once(method, path, body, deadline)
+                except PolarRayError as error:
+                    failure = error
+                    raise
         raise AssertionError("tenacity raises the last error")
 
     async def _ask_once(self, method: str, path: str, body: dict[str, Any] | None, deadline: float) -> httpx.Response:

@@ -366,6 +366,15 @@ def interrupt():
     signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
 
+def test_a_wait_that_outlasts_the_deadline_hides_no_failure(monkeypatch):
+    sleep = asyncio.sleep
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds: sleep(seconds + 1))
+    with scripted_server(good) as script:
+        gone = script.address
+    with RewardClient(gone, deadline_s=0.5) as client, pytest.raises(Unavailable, match="nobody answers"):
+        client.rewards(outputs(1))
+
+
 def test_an_interrupted_call_asks_for_nothing_more():
     def interrupting(body):
         if len(script.bodies) == 5:
