@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -40,7 +41,7 @@ FIRST_PART_ROWS, PART_ROWS = 128, 1024
 """Of a long list of triples. The engine waits for the first part alone; each next one, twice as large up to the second
 number, is encoded while it computes. A part has more where rows of one prompt and reference would be torn apart."""
 
-ROWS_AT_ONCE = 32
+ROWS_AT_ONCE = 16
 """That are encoded in one call: meanwhile the tokenizer lets no other thread run, the engine's among them."""
 
 
@@ -98,6 +99,36 @@ class Outcome:
     computed_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows that are encoded and planned together, ready for the engine."""
+
+    places: Sequence[int]
+    encoded: list[EncodedTriple | TripleError]
+    ready: list[EncodedTriple]
+    """Those of `encoded` that can be computed, as `plan` numbers them."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Rows on their way to an engine: a thread encodes and plans them part by part. Good for one `Scorer.score`."""
+
+    rows: Sequence[Row]
+    _parts: deque[Future[Part]]
+
+    def parts(self) -> Iterator[Part]:
+        """Each part as soon as it is there; it is not kept."""
+        while self._parts:
+            yield self._parts.popleft().result()
+
+    def cancel(self) -> None:
+        """Begin no further part, and return once none is under way."""
+        wait([part for part in self._parts if not part.cancel()])
+        self._parts.clear()
+
+
 class Scorer:
     """Scores triples with one engine under one set of limits.
 
@@ -115,6 +146,7 @@ class Scorer:
         self._arithmetic = arithmetic
         self._engine = engine
         self._share_prefixes = share_prefixes
+        self._ahead = ThreadPoolExecutor(1, "encode")
         self.usage = Usage()
 
     @classmethod
@@ -137,26 +169,33 @@ class Scorer:
         built = build_engine(resolved, folder)
         return cls(encoder, built, share_prefixes=resolved.share_prefixes, arithmetic=Arithmetic.of(resolved, folder))
 
-    def score(self, triples: Sequence[Row], on_batch: Callable[[], None] | None = None) -> list[Scored]:
-        """One `Scored` per triple, in order. A row that fails says so on itself and leaves the others alone.
+    def score(self, rows: Sequence[Row] | Prepared, on_batch: Callable[[], None] | None = None) -> list[Scored]:
+        """One `Scored` per row, in order. A row that fails says so on itself and leaves the others alone.
 
         An error in place of a triple, left by whoever could not parse it, becomes that row's status. Identical
-        triples are computed once. Many triples are encoded and planned part by part, in a thread ahead of the engine.
-        `on_batch` is called after every engine call, when `usage` has moved.
+        triples are computed once. Many rows are encoded and planned part by part, in a thread ahead of the engine;
+        what `prepare` gave for rows may stand for them. `on_batch` is called after every engine call, when `usage` has
+        moved.
         """
-        parts = list(parts_of(triples))
+        prepared = rows if isinstance(rows, Prepared) else self.prepare(rows)
         scored: dict[int, Scored] = {}
-        ahead = ThreadPoolExecutor(1, "encode")
         try:
-            prepared = ahead.map(lambda part: self._prepare(triples, part), parts)
-            for part, (encoded, ready, planned) in zip(parts, prepared, strict=True):
-                outcomes = iter(self._carry_out(planned, ready, on_batch))
-                for place, row in zip(part, encoded, strict=True):
-                    triple, outcome = triples[place], next(outcomes) if isinstance(row, EncodedTriple) else None
-                    scored[place] = scored_row(row, outcome, triple.id if isinstance(triple, Triple) else None)
+            for part in prepared.parts():
+                outcomes = iter(self._carry_out(part.plan, part.ready, on_batch))
+                for place, encoded in zip(part.places, part.encoded, strict=True):
+                    row, outcome = prepared.rows[place], next(outcomes) if isinstance(encoded, EncodedTriple) else None
+                    scored[place] = scored_row(encoded, outcome, row.id if isinstance(row, Triple) else None)
         finally:
-            ahead.shutdown(cancel_futures=True)
-        return [scored[place] for place in range(len(triples))]
+            prepared.cancel()
+        return [scored[place] for place in range(len(prepared.rows))]
+
+    def prepare(self, rows: Sequence[Row]) -> Prepared:
+        """Begin to encode and plan rows, once those of earlier calls are done; the engine may be at work meanwhile.
+
+        Safe in any thread.
+        """
+        parts = list(parts_of(rows))
+        return Prepared(rows, deque(self._ahead.submit(self._prepare, rows, part) for part in parts))
 
     def encode(self, rows: Sequence[Row]) -> list[EncodedTriple | TripleError]:
         """The first half of `score`: ids, or the error that stands in their place, in order. Safe in any thread."""
@@ -166,15 +205,12 @@ class Scorer:
         """The second half of `score`: an outcome for each encoded triple, in order. One thread at a time."""
         return self._carry_out(self.plan(encoded), encoded, on_batch)
 
-    def _prepare(
-        self, rows: Sequence[Row], part: Sequence[int]
-    ) -> tuple[list[EncodedTriple | TripleError], list[EncodedTriple], Plan]:
-        """What became of a part's rows, those of them that can be computed, and the plan for these."""
+    def _prepare(self, rows: Sequence[Row], places: Sequence[int]) -> Part:
         encoded: list[EncodedTriple | TripleError] = []
-        for start in range(0, len(part), ROWS_AT_ONCE):
-            encoded += self.encode([rows[place] for place in part[start : start + ROWS_AT_ONCE]])
+        for start in range(0, len(places), ROWS_AT_ONCE):
+            encoded += self.encode([rows[place] for place in places[start : start + ROWS_AT_ONCE]])
         ready = [row for row in encoded if isinstance(row, EncodedTriple)]
-        return encoded, ready, self.plan(ready)
+        return Part(places, encoded, ready, self.plan(ready))
 
     def plan(self, encoded: Sequence[EncodedTriple]) -> Plan:
         """The batches in which `compute` has them computed. Safe in any thread."""
@@ -223,6 +259,7 @@ class Scorer:
 
     def close(self) -> None:
         """Release the engine. May be called twice."""
+        self._ahead.shutdown(cancel_futures=True)
         self._engine.close()
 
     def __enter__(self) -> Self:

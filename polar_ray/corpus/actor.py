@@ -33,7 +33,7 @@ from polar_ray.errors import (
 )
 from polar_ray.model.locate import locate_model
 from polar_ray.receipts import build_receipt
-from polar_ray.scoring import CANARY, Scorer, Usage
+from polar_ray.scoring import CANARY, Prepared, Scorer, Usage
 from polar_ray.stages import watched
 from polar_ray.tracing import Tracing
 from polar_ray.triples import Scored, Triple
@@ -55,8 +55,6 @@ LONGEST_WAIT_SECONDS = 2.0
 
 REPORTS = pa.schema({"unit": pa.int64(), "report": pa.string(), "node": pa.string()})
 """What an actor gives back: units, their reports as JSON, and the address of its node."""
-
-UnitRows = tuple[pa.Table, list[Triple | TripleError]]
 
 Done = Callable[[], UnitReport]
 """Gives a unit's report once its file is written, or raises what that has raised."""
@@ -89,8 +87,8 @@ class ActorTask:
 class ScoringActor:
     """One engine, fed by Ray Data with units. Every failure that ends it is told to the tracker first, typed.
 
-    While the engine computes a unit, the next one of the same task is read and the one before is written. Not while a
-    unit is looked into on which a process has died, which nothing else must then explain.
+    While the engine computes a unit, the next one of the same task is read, encoded and planned, and the one before is
+    written. Not while a unit is looked into on which a process has died, which nothing else must then explain.
     """
 
     def __init__(self, task: ActorTask, tracker: Tracker) -> None:
@@ -109,7 +107,7 @@ class ScoringActor:
                 self._scorer = task.build_scorer(task.config)
             self._tracing = Tracing.from_environment()
             self._reader, self._writer = ThreadPoolExecutor(1, "read"), ThreadPoolExecutor(1, "write")
-            self._read_ahead: dict[int, Future[UnitRows]] = {}
+            self._ahead: dict[int, Future[_Rows]] = {}
             self._writing: Future[UnitReport] | None = None
         except ProcessCrashed:  # one of the engine's own: as if it was this one, which is started again some times
             os._exit(1)
@@ -193,35 +191,34 @@ class ScoringActor:
             )
         if assignment.deaths:
             self._wait_until_written()
-        read = self._read_ahead.pop(index, None)
-        table, triples = self._tracing.traced(
-            "read", read.result if read else partial(read_unit, self._manifest, index)
-        )
+        ahead = self._ahead.pop(index, None)
+        rows = self._tracing.traced("read", ahead.result if ahead else partial(self._read, index))
         if following is not None and not assignment.deaths:
-            self._read_ahead = {following: self._reader.submit(read_unit, self._manifest, following)}
+            self._ahead = {following: self._reader.submit(self._read_and_prepare, following)}
         before = self._scorer.usage.copy()
-        scored = self._tracing.traced("score", self._score_ranges, index, who, triples, assignment)
+        scored = self._tracing.traced("score", self._score_ranges, index, who, rows, assignment)
         _obey(ray.get(self._tracker.scored.remote(index, who)))
-        self._check_engine(index, who, triples, scored)
+        self._check_engine(index, who, rows.triples, scored)
         usage, seconds = self._scorer.usage - before, time.perf_counter() - started
         self._wait_until_written()
-        commit = partial(self._commit, index, who, table, triples, scored, usage, seconds)
+        commit = partial(self._commit, index, who, rows, scored, usage, seconds)
         self._writing = self._writer.submit(copy_context().run, commit)
         return self._writing.result
 
+    def _read(self, index: int) -> _Rows:
+        return _Rows(*read_unit(self._manifest, index))
+
+    def _read_and_prepare(self, index: int) -> _Rows:
+        table, triples = read_unit(self._manifest, index)
+        return _Rows(table, triples, self._scorer.prepare(triples))
+
     def _commit(
-        self,
-        index: int,
-        who: str,
-        table: pa.Table,
-        triples: list[Triple | TripleError],
-        scored: list[Scored],
-        usage: Usage,
-        seconds: float,
+        self, index: int, who: str, rows: _Rows, scored: list[Scored], usage: Usage, seconds: float
     ) -> UnitReport:
-        report = report_unit(triples, scored, usage, seconds)
+        report = report_unit(rows.triples, scored, usage, seconds)
+        write = partial(write_unit, self._task.output, self._manifest, index, rows.table, scored, report)
         try:
-            self._tracing.traced("write", write_unit, self._task.output, self._manifest, index, table, scored, report)
+            self._tracing.traced("write", write)
         except PolarRayError as error:
             ray.get(self._tracker.fail.remote(error))
             raise
@@ -237,16 +234,18 @@ class ScoringActor:
     def _tell_finished(self, index: int, who: str, report: UnitReport) -> None:
         ray.get(self._tracker.finish.remote(index, report.rows, report.tokens, report.computed_tokens, who))
 
-    def _score_ranges(
-        self, index: int, who: str, triples: list[Triple | TripleError], assignment: Assignment
-    ) -> list[Scored]:
+    def _score_ranges(self, index: int, who: str, rows: _Rows, assignment: Assignment) -> list[Scored]:
         scored: dict[int, Scored] = {row: _crashed() for row in assignment.quarantined}
         progress = _Progress(self._tracker, index, who, self._scorer)
-        for rows in assignment.ranges:
-            ray.get(self._tracker.mark.remote(index, rows, who))
-            outcomes = self._scorer.score(triples[rows.start : rows.stop], progress.on_batch)
-            scored.update(zip(range(rows.start, rows.stop), outcomes, strict=True))
-        return [scored[row] for row in range(len(triples))]
+        prepared = rows.prepared
+        if prepared is not None and assignment.deaths:
+            prepared.cancel()
+            prepared = None  # a row that kills its process must do so while its range is marked
+        for part in assignment.ranges:
+            ray.get(self._tracker.mark.remote(index, part, who))
+            outcomes = self._scorer.score(prepared or rows.triples[part.start : part.stop], progress.on_batch)
+            scored.update(zip(range(part.start, part.stop), outcomes, strict=True))
+        return [scored[row] for row in range(len(rows.triples))]
 
     def _check_engine(self, index: int, who: str, triples: list[Triple | TripleError], scored: list[Scored]) -> None:
         """Leave, without writing, when it is the engine that is broken: a fresh process first, then the job fails.
@@ -266,6 +265,16 @@ class ScoringActor:
             f"the engine fails on {self._manifest.describe(index)}, in fresh processes as well; the first failure: "
             f"{failed[0].detail}"
         )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A unit's."""
+
+    table: pa.Table
+    triples: list[Triple | TripleError]
+    prepared: Prepared | None = None
+    """Of rows that were read ahead."""
 
 
 class _DoneElsewhere(Exception):

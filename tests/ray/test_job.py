@@ -22,7 +22,7 @@ from polar_ray.errors import (
     TooManyFailures,
 )
 from tests.ray.conftest import make_table, read_scored
-from tests.support.engines import faulty_scorer
+from tests.support.engines import deadly_scorer, faulty_scorer
 from tests.support.scrape import job_label, total, wait_for
 from tests.support.slow_job import open_slow_scorer
 
@@ -170,6 +170,23 @@ def test_a_row_that_kills_its_process_is_found_and_quarantined(tmp_path):
     assert total(samples, "polar_ray_units_repeated_total", job_id=job) == deaths >= 4
     assert total(samples, "polar_ray_engines_started_total", job_id=job) == deaths + 1
     assert [row["row"] for row in scored] == list(range(20))
+
+
+def test_a_row_that_kills_its_process_while_it_is_prepared_is_not_taken_for_one_of_the_unit_before(tmp_path):
+    """With one actor, tasks of twenty units are of two, and every second unit is prepared during the one before."""
+    rows = make_table(5).to_pylist()
+    rows[13]["output"] = "This one is POISON to the encoder."
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
+    config = fake(unit_rows=1, actors=1, max_failed_fraction=0.1)
+    score_parquet(
+        tmp_path / "in.parquet", tmp_path / "out", config, build_scorer=lambda config: deadly_scorer("POISON", config)
+    )
+    scored = read_scored(tmp_path / "out").to_pylist()
+    assert [row["row"] for row in scored if row["reward_status"] != "ok"] == [13]
+    assert scored[13]["reward_status"] == "process_crashed"
+    job = job_label(tmp_path / "out")
+    samples = wait_for(lambda found: total(found, "polar_ray_quarantined_rows_total", job_id=job) == 1)
+    assert total(samples, "polar_ray_process_deaths_total", job_id=job) in (2, 3)
 
 
 def test_an_engine_that_fails_everywhere_fails_the_job_and_writes_nothing(corpus, tmp_path):

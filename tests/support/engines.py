@@ -1,4 +1,4 @@
-"""Engines that misbehave on purpose, to test what stands around them."""
+"""Engines, and an encoder, that misbehave on purpose, to test what stands around them."""
 
 import os
 from collections.abc import Callable
@@ -51,3 +51,21 @@ def faulty_scorer(fault: str, text: str, config) -> Scorer:
     """A scorer over the embedded tokenizer whose engine fails on rows that contain `text`."""
     tokenizer = PolarTokenizer(EMBEDDED_FOLDER)
     return Scorer(Encoder(tokenizer, config.limits), FaultyEngine(fault, contains(tokenizer, text)))
+
+
+class DeadlyEncoder(Encoder):
+    """Ends its process at rows whose output contains `text`."""
+
+    text = ""
+
+    def encode_rows(self, rows):
+        if any(self.text in row.output for row in rows):
+            os._exit(139)
+        return super().encode_rows(rows)
+
+
+def deadly_scorer(text: str, config) -> Scorer:
+    """A scorer over the embedded tokenizer that ends its process when it encodes rows whose output contains `text`."""
+    encoder = DeadlyEncoder(PolarTokenizer(EMBEDDED_FOLDER), config.limits)
+    encoder.text = text
+    return Scorer(encoder, FakeEngine())

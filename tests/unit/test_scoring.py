@@ -1,5 +1,6 @@
 """The scorer: order, duplicates, and a failing row that never takes its neighbours with it."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,32 @@ def test_a_long_list_is_encoded_while_the_engine_computes_and_comes_back_in_orde
         for part in parts
     ]
     assert sum(map(len, groups)) == len(set.union(*groups))
+
+
+def test_rows_that_are_prepared_meanwhile_are_scored_as_any_others(scorer):
+    expected = [scorer.score(rows) for rows in (triples(), triples(OUTPUTS[:2]), [])]
+    prepared = [scorer.prepare(rows) for rows in (triples(), triples(OUTPUTS[:2]), [])]
+    assert [scorer.score(rows) for rows in prepared] == expected
+
+
+def test_once_cancelled_no_part_is_encoded(small_tokenizer):
+    """The part under way is waited for, so that nothing is at work afterwards."""
+    encoded, may_go_on = [], threading.Event()
+
+    class Waiting(Encoder):
+        def encode_rows(self, rows):
+            may_go_on.wait(10)
+            encoded.append(len(rows))
+            return super().encode_rows(rows)
+
+    with Scorer(Waiting(small_tokenizer, LimitsConfig()), FakeEngine()) as scorer:
+        prepared = scorer.prepare([Triple(f"question {n}", "answer", "output") for n in range(1000)])
+        threading.Timer(0.2, may_go_on.set).start()
+        prepared.cancel()
+        assert 0 < sum(encoded) < 300
+        before = list(encoded)
+        assert scorer.score(triples())[0].is_ok
+        assert encoded == [*before, len(OUTPUTS)]
 
 
 def test_operations_are_counted_where_the_peak_is_known(small_tokenizer):
