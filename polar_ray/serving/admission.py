@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from polar_ray.errors import Overloaded
 from polar_ray.serving.batcher import Batcher
 from polar_ray.wire import Priority
+
+GUESS_FACTOR = 4
+"""By what a call can be larger than was guessed before its texts were encoded: a Chinese character is a token, of
+English ones it takes four."""
 
 BULK_FRACTION = 0.5
 """Of the queue: `bulk` calls are refused beyond it."""
@@ -22,9 +27,10 @@ GUESSED_RETRY_AFTER_S = 1.0
 class Admission:
     """Keeps the queue of one replica short enough to be worth standing in.
 
-    An interactive call is refused for what would be computed before it, not for all that waits: callers share the
-    engine evenly, so neither one of ten thousand rows nor a backfill shuts out one of a single row. The bound is soft
-    by one call of each priority: who comes while there is room is let in whole, however large.
+    An interactive call is refused for what would be computed before it, not for all that waits: who is due first is
+    first, so neither a call of ten thousand rows nor a backfill shuts out one of a single row. The bound is soft by one
+    call of each priority: who comes while there is room is let in whole, however large. Deadlines are times of
+    `time.monotonic`.
     """
 
     def __init__(self, batcher: Batcher, max_queued_tokens: int) -> None:
@@ -33,24 +39,25 @@ class Admission:
         self.max_queued_tokens = max_queued_tokens
 
     @contextmanager
-    def reserve(self, tokens: int, priority: Priority) -> Iterator[None]:
+    def reserve(self, tokens: int, priority: Priority, deadline: float) -> Iterator[None]:
         """Room for a call that is being encoded, whose size is so far a guess. Raises `Overloaded` if there is none."""
-        self._refuse_when_full(tokens, priority)
+        self._refuse_when_full(tokens, priority, deadline)
         self._reserved[priority].append(tokens)
         try:
             yield
         finally:
             self._reserved[priority].remove(tokens)
 
-    def check_deadline(self, tokens: int, priority: Priority, remaining_s: float) -> None:
-        """Raise `Overloaded` if a call of so many tokens cannot be done in the time that is left.
+    def check_deadline(self, tokens: int, priority: Priority, deadline: float) -> None:
+        """Raise `Overloaded` if a call of so many tokens cannot be done by its deadline.
 
         With an idle engine it is tried: coming back would gain nothing, and a speed that was measured in bad times is
         measured again.
         """
         if not self._batcher.pending_tokens():
             return
-        needed_s = self._batcher.seconds_ahead(tokens, priority)
+        needed_s = self._batcher.seconds_ahead(tokens, priority, deadline)
+        remaining_s = deadline - time.monotonic()
         if needed_s is not None and needed_s > remaining_s:
             raise Overloaded(
                 f"this would take about {needed_s:.1f} s and {remaining_s:.1f} s are left of the deadline; come back, "
@@ -63,8 +70,8 @@ class Admission:
         reserved = self._reserved.values() if priority is None else [self._reserved[priority]]
         return self._batcher.pending_tokens(priority) + sum(map(sum, reserved))
 
-    def _refuse_when_full(self, tokens: int, priority: Priority) -> None:
-        surplus = self._tokens_ahead(tokens, priority) - self.max_queued_tokens
+    def _refuse_when_full(self, tokens: int, priority: Priority, deadline: float) -> None:
+        surplus = self._tokens_ahead(tokens, priority, deadline) - self.max_queued_tokens
         if priority == "bulk":
             surplus = max(surplus, self.pending_tokens("bulk") - int(self.max_queued_tokens * BULK_FRACTION))
         if surplus < 0:
@@ -78,12 +85,13 @@ class Admission:
             retry_after_s=_bounded(wait_s),
         )
 
-    def _tokens_ahead(self, tokens: int, priority: Priority) -> int:
-        """As the batcher says; and of calls that are being encoded, no more than goes before this one is done."""
+    def _tokens_ahead(self, tokens: int, priority: Priority, deadline: float) -> int:
+        """Of all calls that may be due first, however much larger than guessed this one turns out."""
         if priority == "bulk":
             return self.pending_tokens()
-        encoding = sum(min(tokens, reserved) for reserved in self._reserved["interactive"])
-        return self._batcher.tokens_ahead(tokens, priority) + encoding
+        most = GUESS_FACTOR * tokens
+        encoding = sum(reserved for reserved in self._reserved["interactive"] if reserved <= most)
+        return self._batcher.tokens_ahead(most, priority, deadline) + encoding
 
 
 def _bounded(seconds: float) -> float:

@@ -2,9 +2,9 @@
 
 Why not `serve.batch`: it counts items and not tokens, one bad item fails a whole batch, and an error in its size
 function hangs the replica for good (ray-project/ray#66140). Here a call's rows are cut into chunks, one for each group
-of them. Interactive calls share the engine evenly, by weighted fair queueing: a chunk's `start` is the virtual time at
-which it would get its turn if every call had a part of the engine to itself, so a call of one row does not wait for
-one of ten thousand, nor that for ever. Bulk calls stand in one line and get `bulk_share` of the tokens while
+of them. Of interactive calls the one that is due first is first. It is due at its deadline, or sooner, after `PATIENCE`
+times what the engine would take for it alone: so a call of one row does not wait for one of ten thousand, nor that for
+ever, and whoever can wait lets pass who cannot. Bulk calls stand in one line and get `bulk_share` of the tokens while
 interactive ones wait, everything while none do. Whoever is next takes along the chunks of other callers that begin
 with the same ids, because they cost their own tokens only.
 
@@ -37,6 +37,13 @@ RATE_WEIGHT = 0.2
 TELLING_FRACTION = 0.5
 """Of the token budget: an engine call that holds less tells of its fixed cost, and little of the engine's speed."""
 
+PATIENCE = 16.0
+"""Times what a call would take alone, after which it is due. With less, large calls hold up small ones; with more, they
+wait until their deadlines are near (`jobs/bench/deadlines.py`)."""
+
+GUESSED_TOKENS_PER_S = 20_000.0
+"""While the engine's speed is not known; only the order of calls depends on it."""
+
 DEAD_ENTRIES = 64
 """That a queue may hold beside as many as wait: of calls that were cancelled, or that went along with others."""
 
@@ -62,6 +69,7 @@ class _Call:
     arrived: float
     deadline: float
     future: asyncio.Future[list[Outcome]]
+    waiting_tokens: int = 0
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     started: float | None = None
     """When the engine took the first of the rows."""
@@ -97,8 +105,8 @@ class Batcher:
     """Computes callers' rows on one engine.
 
     Build it inside a running event loop. Promises: every call gets one outcome per row, in order, or one typed error;
-    rows of a call that is past its deadline or cancelled are not started; an engine call holds `token_budget` computed
-    tokens, or one chunk that is larger by itself.
+    rows of a call that is cancelled, past its deadline or sure to pass it are not started; an engine call holds
+    `token_budget` computed tokens, or one chunk that is larger by itself.
     """
 
     def __init__(
@@ -122,12 +130,11 @@ class Batcher:
         self._pending: dict[Priority, int] = {"interactive": 0, "bulk": 0}
         self._waiting_chunks: dict[Priority, int] = {"interactive": 0, "bulk": 0}
         self._in_flight_tokens = 0
-        self._virtual_time = 0.0
         self._bulk_credit = 0.0
         self._waiting_since = 0.0
         self._arrived = asyncio.Event()
         self._is_closing = False
-        self._calls: set[_Call] = set()
+        self._calls: dict[_Call, list[_Chunk]] = {}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="polar-ray-engine")
         self._worker = asyncio.create_task(self._work(), name="polar-ray-batcher")
         self.token_budget = token_budget
@@ -151,7 +158,7 @@ class Batcher:
         if not rows:
             return Computed([], 0.0, 0.0)
         call = _Call(rows, priority, now, deadline, self._loop.create_future())
-        chunks = self._enqueue(call)
+        self._enqueue(call)
         try:
             async with asyncio.timeout_at(deadline):
                 outcomes = await call.future
@@ -161,9 +168,8 @@ class Batcher:
             message = "the deadline passed before all rows were computed; ask for fewer at once, or wait longer"
             raise DeadlineExceeded(message) from None
         finally:
-            self._calls.discard(call)
-            for chunk in chunks:
-                self._withdraw(chunk)
+            self._withdraw(call)
+            del self._calls[call]
             self._forget_the_dead(priority)
         started = call.started if call.started is not None else now
         return Computed(outcomes, started - now, time.monotonic() - started)
@@ -172,20 +178,24 @@ class Batcher:
         """Tokens that wait or are being computed; of one priority, or of both."""
         return sum(self._pending.values()) if priority is None else self._pending[priority]
 
-    def tokens_ahead(self, tokens: int, priority: Priority) -> int:
-        """What the engine would compute, beside it, until it is done with a call of so many tokens that came now."""
+    def due(self, arrived: float, tokens: int, deadline: float) -> float:
+        """When a call of so many tokens is to be done; who is due first is first."""
+        return min(deadline, arrived + PATIENCE * tokens / (self.tokens_per_s or GUESSED_TOKENS_PER_S))
+
+    def tokens_ahead(self, tokens: int, priority: Priority, deadline: float) -> int:
+        """What the engine would compute before it is done with a call of so many tokens that came now, beside it."""
         if priority == "bulk":
             return self.pending_tokens()
-        finish = self._virtual_time + tokens
+        due = self.due(time.monotonic(), tokens, deadline)
         queue = self._queues["interactive"]
-        waiting = sum(chunk.tokens for start, _, chunk in queue if chunk.is_waiting and start < finish)
+        waiting = sum(chunk.tokens for other, _, chunk in queue if chunk.is_waiting and other <= due)
         return waiting + self._in_flight_tokens
 
-    def seconds_ahead(self, tokens: int, priority: Priority) -> float | None:
+    def seconds_ahead(self, tokens: int, priority: Priority, deadline: float) -> float | None:
         """How long a call of so many tokens would take if it came now; None while the engine's speed is not known."""
         if self.tokens_per_s is None:
             return None
-        return (self.tokens_ahead(tokens, priority) + tokens) / self.tokens_per_s
+        return (self.tokens_ahead(tokens, priority, deadline) + tokens) / self.tokens_per_s
 
     async def close(self) -> None:
         """Stop after the engine call in progress; what still waits is told `Unavailable`. May be called twice."""
@@ -201,30 +211,29 @@ class Batcher:
         """Whether anybody will ever take what waits."""
         return not self._worker.done()
 
-    def _enqueue(self, call: _Call) -> list[_Chunk]:
+    def _enqueue(self, call: _Call) -> None:
         if not any(self._queues.values()):
             self._waiting_since = call.arrived
-        self._calls.add(call)
-        chunks = list(_chunks(call, self.token_budget, self._share_prefixes))
-        start = self._virtual_time
-        for chunk in chunks:
-            heapq.heappush(self._queues[call.priority], (start, next(self._order), chunk))
-            if call.priority == "interactive":  # bulk chunks all start at once, and so keep their order of arrival
-                start += chunk.tokens
+        chunks = self._calls[call] = list(_chunks(call, self.token_budget, self._share_prefixes))
+        tokens = call.waiting_tokens = sum(chunk.tokens for chunk in chunks)
+        due = 0.0 if call.priority == "bulk" else self.due(call.arrived, tokens, call.deadline)
+        for chunk in chunks:  # of one time they keep their order, and so do bulk calls
+            heapq.heappush(self._queues[call.priority], (due, next(self._order), chunk))
             self._by_key[chunk.key].append(chunk)
-            self._pending[call.priority] += chunk.tokens
+        self._pending[call.priority] += tokens
         self._waiting_chunks[call.priority] += len(chunks)
         self._arrived.set()
-        return chunks
 
-    def _withdraw(self, chunk: _Chunk) -> None:
-        """Take a chunk out of the queue, if it still waits; its place in the heap may be left until it comes up."""
-        if chunk.is_waiting:
-            self._leave_queue(chunk)
-            self._pending[chunk.call.priority] -= chunk.tokens
+    def _withdraw(self, call: _Call) -> None:
+        """Take what still waits of a call out of the queue; its place in the heap may be left until it comes up."""
+        for chunk in self._calls[call]:
+            if chunk.is_waiting:
+                self._leave_queue(chunk)
+                self._pending[call.priority] -= chunk.tokens
 
     def _leave_queue(self, chunk: _Chunk) -> None:
         chunk.is_waiting = False
+        chunk.call.waiting_tokens -= chunk.tokens
         self._waiting_chunks[chunk.call.priority] -= 1
         same = self._by_key[chunk.key]
         same.remove(chunk)
@@ -256,6 +265,7 @@ class Batcher:
 
     def _take(self) -> list[_Chunk]:
         """The chunks of the next engine call, out of the queue."""
+        self._fail_the_late()
         taken: list[_Chunk] = []
         used = 0
         while (chunk := self._next()) is not None:
@@ -268,8 +278,6 @@ class Batcher:
                     taken.append(member)
                     used += member.own_tokens
             self._account(chunk)
-        calls = {call for call in self._calls if call.priority == "interactive"}
-        self._virtual_time += used / max(1, len(calls))
         return taken
 
     def _next(self) -> _Chunk | None:
@@ -287,23 +295,28 @@ class Batcher:
             self._bulk_credit += self._bulk_share * chunk.tokens
 
     def _head(self, priority: Priority) -> _Chunk | None:
-        """The first chunk of a queue that is still of use to somebody."""
+        """The first chunk of a queue that still waits."""
         queue = self._queues[priority]
-        while queue:
-            chunk = queue[0][2]
-            if chunk.is_waiting and not self._is_late(chunk):
-                return chunk
+        while queue and not queue[0][2].is_waiting:
             heapq.heappop(queue)
-        return None
+        return queue[0][2] if queue else None
 
-    def _is_late(self, chunk: _Chunk) -> bool:
-        """Whether its rewards would come after the deadline; the call has then failed as a whole."""
-        needed = chunk.tokens / self.tokens_per_s if self.tokens_per_s else 0.0
-        if not chunk.call.future.done() and time.monotonic() + needed <= chunk.call.deadline:
-            return False
-        self._withdraw(chunk)
-        chunk.call.fail(DeadlineExceeded("what is left of the deadline is shorter than the engine needs"))
-        return True
+    def _fail_the_late(self) -> None:
+        """Withdraw the calls that nobody waits for any more, and fail those whose last reward would come after their
+        deadline: what else would be computed of them is lost.
+
+        The last call that is left is tried: nobody else is the worse for it, and a speed that was measured in bad times
+        is measured again.
+        """
+        now = time.monotonic()
+        waiting = [call for call in self._calls if call.waiting_tokens]
+        for number, call in enumerate(waiting, 1):
+            is_last = number == len(waiting) and not any(earlier.waiting_tokens for earlier in waiting[:-1])
+            needed = call.waiting_tokens / self.tokens_per_s if self.tokens_per_s and not is_last else 0.0
+            if now + needed > call.deadline:
+                call.fail(DeadlineExceeded("what is left of the deadline is shorter than the engine needs"))
+            if call.future.done():
+                self._withdraw(call)
 
     async def _execute(self, taken: list[_Chunk]) -> None:
         self.computing_since = began = time.monotonic()

@@ -163,7 +163,7 @@ class RewardService:
         encoded_at = time.monotonic()
         computable = [row for row in encoded if isinstance(row, EncodedTriple)]
         cost = _cost(computable, share_prefixes=self.model.scorer.shares_prefixes)
-        self._admission.check_deadline(cost, options.priority, deadline - encoded_at)
+        self._admission.check_deadline(cost, options.priority, deadline)
         computed = await self._batcher.run(computable, priority=options.priority, deadline=deadline)
         scored = _join(rows, encoded, computed)
         self.metrics.count_rows(rows, scored, computed.queue_s)
@@ -255,7 +255,7 @@ class RewardService:
         rows = [self._too_long(row) or row for row in rows]
         guesses = [_guess_tokens(row) for row in rows]
         encoded: list[EncodedTriple | TripleError] = []
-        with self._admission.reserve(sum(guesses), options.priority):
+        with self._admission.reserve(sum(guesses), options.priority, deadline):
             try:
                 async with asyncio.timeout_at(deadline):
                     for part in _parts(rows, guesses):

@@ -149,7 +149,7 @@ def test_an_engine_call_keeps_to_the_budget_unless_one_chunk_is_larger(engine):
         await batcher.close()
 
     run(test())
-    assert sorted(map(len, engine.calls)) == [1, 4] + [7] * 8
+    assert sorted(map(len, engine.calls)) == [1, 2, 2] + [7] * 8
 
 
 def test_a_small_call_does_not_wait_for_a_large_one(engine):
@@ -272,18 +272,68 @@ def test_work_past_its_deadline_is_refused_and_never_started(engine):
 
 
 def test_rows_that_would_come_too_late_are_not_started(engine):
-    """At a known speed the rest of a deadline can be seen to be too short before it is over."""
+    """At a known speed the rest of a deadline can be seen to be too short for a call before it is over."""
 
     async def test():
         batcher = await start(engine)
-        await ask(batcher, rows(1, 1))
-        batcher.tokens_per_s = 10.0  # forty tokens then take four seconds
+        busy = await hold(engine, batcher)
+        late = asyncio.create_task(ask(batcher, [row(group, 1) for group in range(100, 110)], seconds=20))
+        others = asyncio.create_task(ask(batcher, rows(8, 1), seconds=500))
+        await asyncio.sleep(0)
+        batcher.tokens_per_s = 10.0  # each of the ten groups would be in time by itself
+        engine.let_go.set()
         with pytest.raises(DeadlineExceeded, match="shorter than the engine needs"):
-            await ask(batcher, rows(7, 1), seconds=2)
+            await late
+        await asyncio.gather(busy, others)
+        assert batcher.pending_tokens() == 0
         await batcher.close()
 
     run(test())
-    assert not [one for one in engine.computed if one // 10_000 == 7]
+    assert {int(one // 10_000) for one in engine.computed} == {99, 8}
+
+
+def test_a_call_that_is_alone_is_tried_whatever_is_thought_of_the_engines_speed(engine):
+    async def test():
+        batcher = await start(engine)
+        batcher.tokens_per_s = 0.001
+        assert await ask(batcher, rows(7, 1), seconds=2) == [reward(row(7, 1))]
+        await batcher.close()
+
+    run(test())
+
+
+def test_who_cannot_wait_passes_who_can(engine):
+    """Three calls of one size: the shortest deadline is first, whoever came first."""
+
+    async def test():
+        batcher = await start(engine, token_budget=PREFIX + OWN)
+        busy = await hold(engine, batcher)
+        batcher.tokens_per_s = 1.0
+        calls = [asyncio.create_task(ask(batcher, rows(group, 1), seconds=group)) for group in (400, 300, 500)]
+        await asyncio.sleep(0)
+        engine.let_go.set()
+        await asyncio.gather(busy, *calls)
+        await batcher.close()
+
+    run(test())
+    assert [int(one // 10_000) for one in engine.computed] == [99, 300, 400, 500]
+
+
+def test_a_call_that_has_waited_long_for_its_size_is_first_whatever_its_deadline(engine):
+    async def test():
+        batcher = await start(engine, token_budget=PREFIX + OWN)
+        busy = await hold(engine, batcher)
+        batcher.tokens_per_s = 40 * 16 * 20.0  # one group is then due after a twentieth of a second
+        patient = asyncio.create_task(ask(batcher, rows(1, 1), seconds=1000))
+        await asyncio.sleep(0.2)
+        hurried = asyncio.create_task(ask(batcher, rows(2, 1), seconds=20))
+        await asyncio.sleep(0)
+        engine.let_go.set()
+        await asyncio.gather(busy, patient, hurried)
+        await batcher.close()
+
+    run(test())
+    assert [int(one // 10_000) for one in engine.computed] == [99, 1, 2]
 
 
 @pytest.mark.parametrize("error", [EngineUnavailable("gone"), RuntimeError("somebody's text")])
@@ -324,16 +374,18 @@ def test_closing_finishes_what_is_computed_and_refuses_what_waits(engine):
 def test_the_wait_is_foretold_from_the_queue_and_the_engines_speed(engine):
     async def test():
         batcher = await start(engine)
-        assert batcher.seconds_ahead(100, "interactive") is None
+        assert batcher.seconds_ahead(100, "interactive", in_seconds(1000)) is None
         busy = await hold(engine, batcher)
         batcher.tokens_per_s = 100.0
-        alone = batcher.seconds_ahead(100, "interactive")
+        alone = batcher.seconds_ahead(100, "interactive", in_seconds(1000))
         assert alone == pytest.approx((PREFIX + OWN + 100) / 100)
         large = asyncio.create_task(ask(batcher, [row(group, 0) for group in range(100, 200)], seconds=1000))
         await asyncio.sleep(0)
         queued = 100 * (PREFIX + OWN)
-        assert alone < batcher.seconds_ahead(100, "interactive") < 1 + queued / 100
-        assert batcher.seconds_ahead(100, "bulk") == pytest.approx((PREFIX + OWN + queued + 100) / 100)
+        assert batcher.seconds_ahead(100, "interactive", in_seconds(1000)) == alone  # it would go before the large one
+        behind = (PREFIX + OWN + queued + 100) / 100
+        assert batcher.seconds_ahead(100_000, "interactive", in_seconds(2000)) == pytest.approx(behind + 999)
+        assert batcher.seconds_ahead(100, "bulk", in_seconds(1000)) == pytest.approx(behind)
         large.cancel()
         engine.let_go.set()
         await busy
