@@ -10,6 +10,7 @@ from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
+from uuid import uuid4
 
 import pyarrow as pa
 import ray
@@ -95,6 +96,7 @@ class ScoringActor:
         self._task = task
         self._tracker = tracker
         self._node = ray.util.get_node_ip_address()
+        self._process = uuid4().hex
         try:
             if not ray.get(tracker.starting.remote(ray.get_runtime_context().current_actor)):
                 raise EngineStartError("the processes of several actors died while loading the model: out of memory?")
@@ -178,7 +180,8 @@ class ScoringActor:
 
     def _score_unit(self, index: int, who: str, following: int | None) -> Done:
         started = time.perf_counter()
-        assignment: Assignment = ray.get(self._tracker.begin.remote(index, self._manifest.units[index].rows, who))
+        rows_of_unit = self._manifest.units[index].rows
+        assignment: Assignment = ray.get(self._tracker.begin.remote(index, rows_of_unit, who, self._process))
         if assignment.other_deaths > MOST_OTHER_DEATHS:
             raise JobError(
                 f"{self._manifest.describe(index)}: {assignment.other_deaths} processes died while reading or writing "
@@ -269,7 +272,7 @@ class ScoringActor:
 
 @dataclass(frozen=True)
 class _Rows:
-    """A unit's."""
+    """The rows of a unit."""
 
     table: pa.Table
     triples: list[Triple | TripleError]

@@ -114,6 +114,7 @@ class _Attempt:
     """One process's go at a unit."""
 
     begun: float
+    process: str | None = None
     in_flight: Rows | None = None
     since: float = 0.0
     rows: int = 0
@@ -158,6 +159,7 @@ class JobTracker:
         self._handles: list[Any] = []
         self._actors = 0
         self._deaths = 0
+        self._dead: set[str | None] = set()
         self._quarantined = 0
         self._repeated = 0
         self._checks: dict[str, float] = {}
@@ -193,13 +195,16 @@ class JobTracker:
         """The weights on `node` are the job's."""
         self._checks[node] = PASSED
 
-    def begin(self, unit: int, rows: int, who: str = MAIN) -> Assignment:
-        """`who` takes a unit. If they had it already, the process that had it is dead."""
+    def begin(self, unit: int, rows: int, who: str = MAIN, process: str | None = None) -> Assignment:
+        """`who` takes a unit. If they had it already, the process that had it is dead.
+
+        `process` names the one they run in: with several units in its hands, its death counts once.
+        """
         self._repeated += unit in self._units
         self._unbegun.pop(unit, None)
         state = self._units.setdefault(unit, _UnitState(rows, [Rows(0, rows)]))
         self._end_attempt(state, who)
-        state.attempts[who] = _Attempt(time.monotonic())
+        state.attempts[who] = _Attempt(time.monotonic(), process)
         deaths = sum(state.deaths.values()) + state.other_deaths
         return Assignment(tuple(state.ranges), frozenset(state.quarantined), state.other_deaths, deaths)
 
@@ -325,7 +330,8 @@ class JobTracker:
         attempt = state.attempts.pop(who, None)
         if attempt is None:
             return
-        self._deaths += 1
+        self._deaths += attempt.process is None or attempt.process not in self._dead
+        self._dead.add(attempt.process)
         if attempt.in_flight is None:
             state.other_deaths += 1
         elif attempt.in_flight in state.ranges:  # else another attempt has narrowed them down already

@@ -392,3 +392,16 @@ def test_deaths_outside_the_engine_are_counted_and_blamed_on_no_row():
     assert again.other_deaths == 2
     assert again.ranges == (Rows(0, 8),)
     assert not again.quarantined
+
+
+def test_a_process_that_dies_with_two_units_in_its_hands_died_once():
+    """One of them is written while the next is begun."""
+    tracker = JobTracker()
+    for unit in (0, 1):
+        tracker.begin(unit, 8, process="a")
+        tracker.mark(unit, Rows(0, 8))
+        tracker.scored(unit)
+    assert [tracker.begin(unit, 8, process="b").other_deaths for unit in (0, 1)] == [1, 1]
+    assert tracker.snapshot().deaths == 1
+    tracker.begin(1, 8, process="c")
+    assert tracker.snapshot().deaths == 2
